@@ -1,0 +1,39 @@
+# zspire: what can be done here. Each target installs what it needs and is missing.
+
+SHELL := /bin/bash
+CACHE := $(or $(ZSPIRE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/zspire)
+export PATH := $(PATH):/usr/sbin:/sbin:$(CACHE)/tools-1/bin
+
+.PHONY: help demo test check bench docs clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
+
+demo: ## bring up a mesh on this machine and send traffic through it (ARGS="--once --json")
+	@scripts/install demo
+	@cargo build --quiet --release --locked -p zspire
+	@target/release/zspire demo $(ARGS)
+
+test: ## run every test that a change must pass
+	@scripts/install test
+	cargo build --locked -p zspire
+	cargo nextest run --locked --workspace $(ARGS)
+
+check: ## formatting, lints, licences and sources of dependencies, the crate graph, generated documents
+	@scripts/install check
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo deny --log-level error check bans licenses sources
+	scripts/check-crate-graph
+	scripts/check-docs
+
+bench: ## measure speed and memory beside Envoy, interleaved, and print the tables
+	@scripts/install bench
+	cargo build --quiet --release --locked -p zspire -p zspire-testkit
+	bench/run $(ARGS)
+
+docs: ## write the generated documents anew
+	cargo run --quiet --locked -p zspire -- docs configuration > docs/configuration.md
+
+clean: ## remove what was built
+	cargo clean

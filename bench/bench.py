@@ -1,0 +1,417 @@
+"""make bench: speed and memory of zspire beside Envoy and a direct connection.
+
+Two namespaces, `client` and `server`, joined by a veth pair. For each kind of work the programs compared
+take turns (direct, zspire, envoy, direct, …) within one run and the medians of the rounds are printed:
+these machines are noisy, so only ratios within a run mean anything. CPU is user+system time of both
+proxies from /proc; it is the figure to trust.
+
+    --rounds N    rounds of each measurement (3)
+    --seconds N   length of each sample (3)
+    --only A,B    of: traffic, memory, start, workloads, ca
+    --json FILE   the figures as JSON as well
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import selectors
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import envoy
+import report
+
+ROOT = Path(__file__).resolve().parent.parent
+ZSPIRE = ROOT / "target/release/zspire"
+CLIENT, SERVER = "10.99.0.1", "10.99.0.2"
+APP, BULK = 8080, 5201
+MARK = "0x539"
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def sh(*command, check=True, **kw):
+    done = subprocess.run(command, capture_output=True, text=True, **kw)
+    if check and done.returncode:
+        raise SystemExit(f"bench: {' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def inside(namespace, *command):
+    return ["ip", "netns", "exec", namespace, *map(str, command)]
+
+
+def wait_for(what, ready, seconds=20, log=None):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if ready():
+            return
+        time.sleep(0.02)
+    said = f"; it said:\n{Path(log).read_text()[-1500:]}" if log else ""
+    raise SystemExit(f"bench: {what}: not ready after {seconds} s{said}")
+
+
+def get(namespace, port, path):
+    """GET on loopback of a namespace; None when nobody answers 200."""
+    done = subprocess.run(
+        inside(namespace, "curl", "-sf", "-m", "5", f"http://127.0.0.1:{port}{path}"), capture_output=True, text=True
+    )
+    return done.stdout if done.returncode == 0 else None
+
+
+class Process:
+    """A program in a namespace, ended with the benchmark."""
+
+    def __init__(self, namespace, command, env=None, log=None):
+        out = open(log, "wb") if log else subprocess.DEVNULL
+        self.popen = subprocess.Popen(
+            inside(namespace, *command), env={**os.environ, **(env or {})}, stdout=out, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+        self.pid = self.popen.pid
+
+    def cpu(self):
+        """User and system seconds so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def memory(self):
+        """Resident KiB now and at its highest."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return tuple(int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "VmHWM"))
+
+    def alive(self):
+        return self.popen.poll() is None
+
+    def stop(self):
+        if self.alive():
+            self.popen.send_signal(signal.SIGKILL)
+        self.popen.wait()
+
+
+class Network:
+    """The two namespaces, and which program's redirection rules are in force."""
+
+    def __init__(self):
+        # Names of namespaces live on a file system of our own.
+        Path("/run/netns").mkdir(parents=True, exist_ok=True)
+        sh("mount", "-t", "tmpfs", "tmpfs", "/run/netns")
+        for name in ("client", "server"):
+            sh("ip", "netns", "add", name)
+            sh(*inside(name, "ip", "link", "set", "lo", "up"))
+            settings = {
+                "net.ipv4.ip_local_port_range": "1024 65535", "net.ipv4.tcp_tw_reuse": "1",
+                "net.ipv4.conf.all.route_localnet": "1", "net.core.somaxconn": "4096",
+            }
+            for key, value in settings.items():
+                path = "/proc/sys/" + key.replace(".", "/")
+                sh(*inside(name, "sh", "-c", f"echo '{value}' > {path} || true"))
+        sh("ip", "link", "add", "veth0", "netns", "client", "type", "veth", "peer", "name", "veth0", "netns", "server")
+        for name, address in (("client", CLIENT), ("server", SERVER)):
+            sh(*inside(name, "ip", "addr", "add", f"{address}/24", "dev", "veth0"))
+            sh(*inside(name, "ip", "link", "set", "veth0", "up"))
+            sh(*inside(name, "ip", "rule", "add", "fwmark", "0x111/0xfff", "pref", "32764", "lookup", "100"))
+            sh(*inside(name, "ip", "route", "add", "local", "0.0.0.0/0", "dev", "lo", "table", "100"))
+
+    def rules(self, outbound=None, inbound=None):
+        """Redirects captured connections to these ports; none: no rules."""
+        for name in ("client", "server"):
+            script = "table inet bench {}\ndelete table inet bench\n"
+            if outbound:
+                script += f"""
+table inet bench {{
+  chain mangle_pre {{
+    type filter hook prerouting priority -150
+    meta mark & 0xfff == {MARK} ct mark set 0x111
+  }}
+  chain mangle_out {{
+    type route hook output priority -150
+    ct mark & 0xfff == 0x111 meta mark set ct mark
+  }}
+  chain nat_pre {{
+    type nat hook prerouting priority -100
+    ip daddr != 127.0.0.1 tcp dport != {{ 15008, 16008 }} meta mark & 0xfff != {MARK} redirect to :{inbound or 15006}
+  }}
+  chain nat_out {{
+    type nat hook output priority -100
+    meta l4proto tcp meta mark & 0xfff == 0x111 accept
+    ip daddr != 127.0.0.1 oifname "lo" accept
+    ip daddr != 127.0.0.1 meta l4proto tcp meta mark & 0xfff != {MARK} redirect to :{outbound}
+  }}
+}}"""
+            if outbound and not inbound and name == "server":
+                script = "table inet bench {}\ndelete table inet bench\n"
+            sh(*inside(name, "nft", "-f", "-"), input=script)
+
+
+def zspire_env(run, side, mesh):
+    return {
+        "PROXY_MODE": "dedicated", "PROXY_WORKLOAD_INFO": f"default/{side}/{side}", "NODE_NAME": side,
+        "LOCAL_XDS_PATH": str(mesh), "FAKE_CA": "true", "PACKET_MARK": "1337", "XDG_RUNTIME_DIR": str(run),
+        "ZTUNNEL_WORKER_THREADS": "2", "IPV6_ENABLED": "false", "ZSPIRE_STATE_DIR": str(run / side),
+        "MALLOC_CONF": "",
+    }
+
+
+def mesh_file(path):
+    path.write_text(f"""
+workloads:
+- {{uid: bench/client, name: client, namespace: default, serviceAccount: client, workloadIps: ["{CLIENT}"],
+   protocol: HBONE, trustDomain: cluster.local, node: client, network: ""}}
+- {{uid: bench/server, name: server, namespace: default, serviceAccount: server, workloadIps: ["{SERVER}"],
+   protocol: HBONE, trustDomain: cluster.local, node: server, network: ""}}
+policies:
+- {{action: Allow, name: allow-client, namespace: default, scope: Namespace, dryRun: false,
+   rules: [[[{{principals: [!Exact cluster.local/ns/default/sa/client]}}]]]}}
+""")
+    return path
+
+
+def start_zspire(run, side, mesh):
+    log = run / f"zspire-{side}.log"
+    process = Process(side, [ZSPIRE, "proxy"], zspire_env(run, side, mesh), log)
+    wait_for(f"zspire {side}", lambda: get(side, 15021, "/healthz/ready") is not None, log=log)
+    return process
+
+
+def start_apps(run):
+    (run / "nginx").mkdir()
+    (run / "nginx/16k").write_text("y" * 16384)
+    body = "x" * 64
+    (run / "nginx.conf").write_text(f"""
+daemon off; master_process off; user root root; error_log stderr crit; pid {run}/nginx/pid;
+events {{ worker_connections 18000; }}
+http {{
+  access_log off; keepalive_requests 100000000; keepalive_timeout 3600s;
+  client_body_temp_path {run}/nginx/b; proxy_temp_path {run}/nginx/p; fastcgi_temp_path {run}/nginx/f;
+  uwsgi_temp_path {run}/nginx/u; scgi_temp_path {run}/nginx/s;
+  server {{ listen {SERVER}:{APP} backlog=4096; location / {{ return 200 "{body}"; }}
+    location = /16k {{ root {run}/nginx; }} }}
+}}""")
+    nginx = Process("server", ["nginx", "-c", run / "nginx.conf", "-p", run / "nginx"], log=run / "nginx.log")
+    iperf = Process("server", ["iperf3", "-s", "-B", SERVER, "-p", BULK])
+
+    def listening(port):
+        with_port = sh(*inside("server", "ss", "-Hltn", f"sport = :{port}"))
+        return bool(with_port.strip())
+
+    wait_for("nginx", lambda: listening(APP), log=run / "nginx.log")
+    wait_for("iperf3", lambda: listening(BULK))
+    return [nginx, iperf]
+
+
+def bulk(streams, seconds, reverse=False):
+    """GB moved in one direction."""
+    command = ["iperf3", "-c", SERVER, "-p", BULK, "-t", seconds, "-P", streams, "-J"] + (["-R"] if reverse else [])
+    # Its server sometimes has not finished with the test before, whichever program is between: said, and tried again.
+    for attempt in range(3):
+        done = subprocess.run(inside("client", *command), capture_output=True, text=True, timeout=seconds + 30)
+        out = json.loads(done.stdout)
+        if "error" not in out:
+            break
+        print(f"\nbench: iperf3: {out['error']}", file=sys.stderr)
+    else:
+        raise SystemExit("bench: iperf3 failed three times")
+    return {"units": out["end"]["sum_received"]["bytes"] / 1e9}
+
+
+def requests(connections, seconds, close=False, path="/"):
+    """Requests (in 100,000), p50 and p99 in microseconds."""
+    command = ["wrk", "-t", 1, "-c", connections, "-d", f"{seconds}s", "--latency"]
+    command += ["-H", "Connection: close"] if close else []
+    out = sh(*inside("client", *command, f"http://{SERVER}:{APP}{path}"), timeout=seconds + 30)
+    micro = {"us": 1, "ms": 1e3, "s": 1e6}
+
+    def percentile(p):
+        number, unit = re.search(rf"^\s+{p}%\s+([\d.]+)(us|ms|s)$", out, re.M).groups()
+        return float(number) * micro[unit]
+
+    count = int(re.search(r"(\d+) requests in", out)[1])
+    bad = re.search(r"Non-2xx or 3xx responses: (\d+)|Socket errors: connect (\d+)", out)
+    if bad and any(int(n) for n in bad.groups() if n):
+        raise SystemExit(f"bench: wrk met errors:\n{out}")
+    return {"units": count / 1e5, "p50": percentile(50), "p99": percentile(99)}
+
+
+WORK = [
+    ("bulk, 1 stream", "CPU-s/GB", lambda s: bulk(1, s)),
+    ("bulk, 8 streams", "CPU-s/GB", lambda s: bulk(8, s)),
+    ("bulk, reverse", "CPU-s/GB", lambda s: bulk(1, s, reverse=True)),
+    ("keep-alive, 1 connection", "CPU-s/100k", lambda s: requests(1, s)),
+    ("keep-alive, 64 connections", "CPU-s/100k", lambda s: requests(64, s)),
+    ("16 KiB bodies, 16 connections", "CPU-s/100k", lambda s: requests(16, s, path="/16k")),
+    ("new connections, 16 in flight", "CPU-s/100k", lambda s: requests(16, s, close=True)),
+]
+
+
+def traffic(network, programs, rounds, seconds):
+    """CPU per unit, p50 and p99 of each kind of work, the programs taking turns."""
+    samples = {}
+    for number in range(rounds):
+        for name, _unit, work in WORK:
+            for program, (outbound, inbound, processes) in programs.items():
+                network.rules(outbound, inbound)
+                before = [p.cpu() for p in processes]
+                started = time.monotonic()
+                sample = work(seconds)
+                sample["rate"] = sample["units"] / (time.monotonic() - started)
+                sample["cpu"] = sum(p.cpu() - b for p, b in zip(processes, before)) / sample["units"]
+                samples.setdefault(name, {}).setdefault(program, []).append(sample)
+                report.progress(f"round {number + 1}/{rounds}  {name:32} {program}")
+    network.rules()
+    return {
+        name: {
+            program: {key: statistics.median(s[key] for s in taken) for key in taken[0]}
+            for program, taken in by_program.items()
+        }
+        for name, by_program in samples.items()
+    }
+
+
+def idle_connections(network, programs, count):
+    """KiB of both proxies: before, with `count` idle connections, and a minute after they closed."""
+    result = {}
+    for program, (outbound, inbound, processes) in programs.items():
+        if not processes:
+            continue
+        network.rules(outbound, inbound)
+        base = [p.memory()[0] for p in processes]
+        holder = Process("client", [sys.executable, Path(__file__).parent / "hold.py", SERVER, APP, count],
+                         log=f"/tmp/hold-{program}.log")
+        wait_for(f"{count} idle connections through {program}",
+                 lambda: "holding" in Path(f"/tmp/hold-{program}.log").read_text(), 120)
+        time.sleep(2)
+        held = [p.memory()[0] for p in processes]
+        holder.stop()
+        closed, end = held, time.monotonic() + 60
+        while time.monotonic() < end and sum(closed) > sum(base) * 1.3:
+            time.sleep(2)
+            closed = [p.memory()[0] for p in processes]
+        result[program] = {
+            "start": base, "held": held, "closed": closed,
+            "per_connection": [(h - b) / count for h, b in zip(held, base)],
+        }
+        report.progress(f"{count} idle connections  {program}")
+    network.rules()
+    return result
+
+
+def start_to_ready(run, mesh, times=5):
+    """Milliseconds from exec to the first 200 of the readiness port."""
+    taken = []
+    for _ in range(times):
+        started = time.monotonic()
+        process = Process("server", [ZSPIRE, "proxy"], zspire_env(run, "server", mesh), run / "start.log")
+        ready = report.first_200(process.pid, "127.0.0.1", 15021, "/healthz/ready", started)
+        taken.append(ready * 1e3)
+        process.stop()
+    return {"median": statistics.median(taken), "all": [round(t, 1) for t in taken]}
+
+
+def many_workloads(run, count=100_000):
+    """A file of `count` workloads: seconds to ready, resident and peak MiB."""
+    path = run / "many.yaml"
+    with path.open("w") as out:
+        out.write("workloads:\n")
+        for i in range(count):
+            ip = f"10.{100 + i // 65536}.{i // 256 % 256}.{i % 256}"
+            out.write(f"""- uid: cluster1//v1/Pod/ns-{i % 500}/pod-{i}
+  name: pod-{i}
+  namespace: ns-{i % 500}
+  serviceAccount: sa-{i % 50}
+  workloadIps: ["{ip}"]
+  protocol: HBONE
+  trustDomain: cluster.local
+  node: node-{i % 1000}
+  network: ""
+  canonicalName: app-{i % 500}
+  canonicalRevision: v1
+  workloadName: app-{i % 500}
+  workloadType: deployment
+  clusterId: Kubernetes
+""")
+        out.write(f'- {{uid: bench/server, name: server, namespace: default, serviceAccount: server, '
+                  f'workloadIps: ["{SERVER}"], protocol: HBONE, node: server, network: ""}}\n')
+    started = time.monotonic()
+    process = Process("server", [ZSPIRE, "proxy"], zspire_env(run, "server", path), run / "many.log")
+    ready = report.first_200(process.pid, "127.0.0.1", 15021, "/healthz/ready", started)
+    cpu = process.cpu()
+    known = len(json.loads(get("server", 15000, "/config_dump"))["workloads"])
+    if known != count + 1:
+        raise SystemExit(f"bench: {known} workloads instead of {count + 1}")
+    rss, peak = process.memory()
+    process.stop()
+    # The dump itself costs memory: take the peak of a second run without it.
+    process = Process("server", [ZSPIRE, "proxy"], zspire_env(run, "server", path), run / "many.log")
+    report.first_200(process.pid, "127.0.0.1", 15021, "/healthz/ready", time.monotonic())
+    rss, peak = process.memory()
+    process.stop()
+    return {"seconds": ready, "cpu": cpu, "rss_mib": rss / 1024, "peak_mib": peak / 1024}
+
+
+def certificates(run, seconds):
+    """CreateCertificate calls a second and per CPU second of the control plane, 16 in flight."""
+    tool = ROOT / "target/release/ca-load"
+    out = sh(str(tool), "--seconds", str(seconds), "--in-flight", "16", "--zspire", str(ZSPIRE),
+             "--dir", str(run / "ca"), timeout=seconds + 60)
+    return json.loads(out)
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--seconds", type=int, default=3)
+    options.add_argument("--only", default="traffic,memory,start,workloads,ca")
+    options.add_argument("--idle", type=int, default=10_000, help="idle connections to hold")
+    options.add_argument("--json", type=Path)
+    args = options.parse_args()
+    only = set(args.only.split(","))
+
+    for program in ("nft", "nginx", "iperf3", "wrk", "curl", "openssl", "ip"):
+        if not shutil.which(program):
+            raise SystemExit(f"bench: {program} is missing: run it by make bench, which installs it")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    run = Path(tempfile.mkdtemp(prefix="zspire-bench-"))
+    sh("ip", "link", "set", "lo", "up")
+    processes, figures = [], {"idle": args.idle}
+    try:
+        network = Network()
+        mesh = mesh_file(run / "mesh.yaml")
+        if "start" in only:
+            figures["start"] = start_to_ready(run, mesh)
+        if "workloads" in only:
+            figures["workloads"] = many_workloads(run)
+        if "ca" in only:
+            figures["ca"] = certificates(run, args.seconds)
+        if only & {"traffic", "memory"}:
+            processes += start_apps(run)
+            zspire = [start_zspire(run, side, mesh) for side in ("client", "server")]
+            processes += zspire
+            envoys = envoy.start(run, Process, wait_for, get, CLIENT, SERVER, APP, BULK)
+            processes += envoys
+            programs = {"direct": (None, None, []), "zspire": (15001, 15006, zspire), "envoy": (16001, None, envoys)}
+            if "memory" in only:
+                figures["memory"] = idle_connections(network, programs, args.idle)
+            if "traffic" in only:
+                figures["traffic"] = traffic(network, programs, args.rounds, args.seconds)
+        report.show(figures, WORK)
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=1))
+    finally:
+        for process in processes:
+            process.stop()
+        shutil.rmtree(run, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

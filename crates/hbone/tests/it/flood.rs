@@ -1,0 +1,261 @@
+//! Peers that waste our time end their own tunnel and nobody else's.
+
+use h2::server;
+use tokio::task::spawn_local;
+use zspire_hbone::{Config, Ended, Flood, Incoming, Reason};
+
+use crate::support::{
+    CONTINUATION, Client, DATA, END_HEADERS, GOAWAY, HEADERS, PING, PRIORITY, Peer, RST_STREAM, SETTINGS, Server,
+    accept_all, block, client, connect_block, frame, hello, open, pair, relay, run, sockets, wire,
+};
+
+fn config() -> Config {
+    Config { idle_frames: 100, ..Config::default() }
+}
+
+/// How a server ends that is sent `start`, and then `again` over and over, while another of its tunnels stays as it is.
+async fn flooded(start: Vec<u8>, again: impl Fn(u32) -> Vec<u8>, handle: impl Fn(Incoming) + 'static) -> Ended {
+    let (other_client, mut other_server) = pair(&config(), &config()).await;
+    let (near, far) = wire();
+    let Server { mut asked, mut task, drain: _drain, .. } = Server::new(far, &config());
+    spawn_local(async move {
+        while let Some(incoming) = asked.recv().await {
+            handle(incoming);
+        }
+    });
+    let mut peer = Peer::new(near);
+    peer.send(&start).await;
+    for round in 0..100_000 {
+        if task.is_finished() || !peer.try_send(&again(round)).await {
+            let ended = (&mut task).await.unwrap();
+            open(&other_client, &mut other_server).await;
+            return ended;
+        }
+    }
+    panic!("the server takes it all");
+}
+
+fn ignore(incoming: Incoming) {
+    std::mem::forget(incoming);
+}
+
+fn assert_flood(ended: &Ended, by: &str) {
+    assert!(matches!(ended, Ended::Flood(Flood(name)) if *name == by), "{by}: {ended:?}");
+}
+
+#[test]
+fn frames_that_carry_nothing() {
+    for (name, kind, payload) in [
+        ("PING", PING, &[0u8; 8][..]),
+        ("SETTINGS", SETTINGS, &[]),
+        ("PRIORITY", PRIORITY, &[0; 5]),
+        ("unknown", 99, &[]),
+    ] {
+        let stream = if kind == PRIORITY { 1 } else { 0 };
+        run(async {
+            let ended = flooded(hello(), |_| frame(kind, 0, stream, payload), ignore).await;
+            assert_flood(&ended, name);
+        });
+    }
+}
+
+#[test]
+fn acknowledgements_that_nobody_asked_for() {
+    run(async {
+        let ended = flooded(hello(), |_| frame(PING, 1, 0, &[9; 8]), ignore).await;
+        assert_flood(&ended, "PING");
+    });
+}
+
+fn opened() -> Vec<u8> {
+    let mut bytes = hello();
+    bytes.extend(frame(HEADERS, END_HEADERS, 1, &connect_block()));
+    bytes
+}
+
+#[test]
+fn empty_data_to_a_stream_that_nobody_reads() {
+    run(async {
+        let ended = flooded(
+            opened(),
+            |_| frame(DATA, 0, 1, &[]),
+            |incoming| {
+                std::mem::forget(incoming.accept(&Default::default()));
+            },
+        )
+        .await;
+        assert!(matches!(ended, Ended::Flood(_) | Ended::Protocol(_)), "{ended:?}");
+    });
+}
+
+#[test]
+fn empty_data_to_a_stream_that_is_relayed() {
+    run(async {
+        let (_unread, socket) = sockets().await;
+        let socket = std::cell::Cell::new(Some(socket));
+        let ended = flooded(
+            opened(),
+            |_| frame(DATA, 0, 1, &[]),
+            move |incoming| {
+                let stream = incoming.accept(&Default::default()).unwrap();
+                std::mem::forget(relay(stream, socket.take().unwrap()));
+            },
+        )
+        .await;
+        assert!(matches!(ended, Ended::Flood(_) | Ended::Protocol(_)), "{ended:?}");
+    });
+}
+
+/// CVE-2023-44487.
+#[test]
+fn rapid_reset() {
+    let again = |round: u32| {
+        let stream = 2 * round + 1;
+        let mut bytes = frame(HEADERS, END_HEADERS, stream, &connect_block());
+        bytes.extend(frame(RST_STREAM, 0, stream, &8u32.to_be_bytes()));
+        bytes
+    };
+    run(async {
+        // The handler connects, and is told that nobody waits.
+        let ended = flooded(hello(), again, |mut incoming| {
+            spawn_local(async move { incoming.abandoned().await });
+        })
+        .await;
+        assert!(matches!(ended, Ended::Flood(_) | Ended::Protocol(_)), "{ended:?}");
+    });
+}
+
+/// The same, by a peer that waits until each request is with its handler, so that no queue in HTTP/2 grows.
+#[test]
+fn patient_rapid_reset() {
+    run(async {
+        let (near, far) = wire();
+        let mut server = Server::new(far, &config());
+        let mut peer = Peer::new(near);
+        peer.send(&hello()).await;
+        for round in 0..10_000 {
+            let stream = 2 * round + 1;
+            if server.task.is_finished() || !peer.try_send(&frame(HEADERS, END_HEADERS, stream, &connect_block())).await
+            {
+                break;
+            }
+            let Some(mut incoming) = server.asked.recv().await else { break };
+            if !peer.try_send(&frame(RST_STREAM, 0, stream, &8u32.to_be_bytes())).await {
+                break;
+            }
+            incoming.abandoned().await;
+        }
+        let ended = server.task.await.unwrap();
+        assert_flood(&ended, "RST_STREAM");
+        let goaway = peer.next(|frame| frame.kind == GOAWAY).await.expect("the peer is told");
+        assert_eq!(goaway.payload[4..8], u32::from(Reason::ENHANCE_YOUR_CALM).to_be_bytes());
+    });
+}
+
+#[test]
+fn continuation_without_end() {
+    run(async {
+        let mut start = hello();
+        start.extend(frame(HEADERS, 0, 1, &connect_block()));
+        let some = block(&[("x-padding", &"x".repeat(100))]);
+        let ended = flooded(start, |_| frame(CONTINUATION, 0, 1, &some), ignore).await;
+        assert!(matches!(ended, Ended::Protocol(_) | Ended::Flood(_)), "{ended:?}");
+    });
+    run(async {
+        let mut start = hello();
+        start.extend(frame(HEADERS, 0, 1, &connect_block()));
+        let ended = flooded(start, |_| frame(CONTINUATION, 0, 1, &[]), ignore).await;
+        assert!(matches!(ended, Ended::Protocol(_) | Ended::Flood(_)), "{ended:?}");
+    });
+}
+
+#[test]
+fn a_header_list_that_is_too_large_reaches_no_handler() {
+    run(async {
+        let (near, far) = wire();
+        let mut server = Server::new(far, &config());
+        let mut peer = Peer::new(near);
+        let value = "x".repeat(120);
+        let mut headers = connect_block();
+        for _ in 0..200 {
+            headers.extend(block(&[("x-padding", &value)]));
+        }
+        let mut bytes = hello();
+        let (first, rest) = headers.split_at(16 << 10);
+        bytes.extend(frame(HEADERS, 0, 1, first));
+        bytes.extend(frame(CONTINUATION, END_HEADERS, 1, rest));
+        peer.send(&bytes).await;
+        // It is refused by an answer, a reset or the end of the tunnel.
+        peer.next(|frame| frame.stream == 1 || frame.kind == GOAWAY).await.unwrap();
+        assert!(server.asked.try_recv().is_err());
+    });
+}
+
+#[test]
+fn garbage_instead_of_http() {
+    run(async {
+        for garbage in
+            [vec![0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc], b"GET / HTTP/1.1\r\nhost: x\r\n\r\n".to_vec(), vec![0xff; 100]]
+        {
+            let (near, far) = wire();
+            let server = Server::new(far, &config());
+            let mut peer = Peer::new(near);
+            peer.send(&garbage).await;
+            peer.send(&[0; 24]).await;
+            let ended = server.task.await.unwrap();
+            assert!(matches!(ended, Ended::Protocol(_)), "{ended:?}");
+        }
+    });
+}
+
+#[test]
+fn a_server_that_floods_its_client() {
+    run(async {
+        let (near, far) = wire();
+        let Client { tunnel, mut task } = client(near, &config()).await;
+        let mut peer = Peer::server(far);
+        peer.send(&frame(SETTINGS, 0, 0, &[])).await;
+        while !task.is_finished() && peer.try_send(&frame(PING, 0, 0, &[1; 8])).await {}
+        assert_flood(&(&mut task).await.unwrap(), "PING");
+        assert_flood(&tunnel.ended().unwrap(), "PING");
+        assert_eq!(tunnel.free(), 0);
+    });
+}
+
+#[test]
+fn an_honest_peer_is_not_taken_for_a_flood() {
+    run(async {
+        // A foreign server that pings, changes its settings, and opens and closes thousands of streams.
+        let (near, far) = wire();
+        let Client { tunnel, task } = client(near, &Config::default()).await;
+        spawn_local(async move {
+            let mut connection = server::handshake(far).await.unwrap();
+            let mut pings = connection.ping_pong().unwrap();
+            spawn_local(async move {
+                for _ in 0..1000 {
+                    pings.ping(h2::Ping::opaque()).await.unwrap();
+                }
+            });
+            let mut window = 70_000;
+            while let Some(Ok((_, mut respond))) = connection.accept().await {
+                window += 1;
+                connection.set_initial_window_size(window).ok();
+                respond
+                    .send_response(http::Response::new(()), false)
+                    .unwrap()
+                    .send_data(Default::default(), true)
+                    .unwrap();
+            }
+        });
+        for _ in 0..1000 {
+            tunnel.open(&crate::support::request("10.0.0.1:80")).await.unwrap();
+        }
+        assert!(!task.is_finished(), "{:?}", tunnel.ended());
+        let (client, server) = pair(&config(), &config()).await;
+        let streams = accept_all(server);
+        for _ in 0..1000 {
+            drop(client.tunnel.open(&crate::support::request("10.0.0.1:80")).await.unwrap());
+            streams.borrow_mut().clear();
+        }
+    });
+}

@@ -1,0 +1,176 @@
+//! Which roots the server of a control connection (CA, discovery) must lead to.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustls::RootCertStore;
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, SignatureScheme};
+
+use crate::pem;
+use crate::x509::{self, Fingerprint};
+
+/// Where the roots come from. They are read for every new connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Roots {
+    /// A PEM file.
+    File(PathBuf),
+    /// The roots of the operating system.
+    System,
+    /// PEM text.
+    Inline(Arc<str>),
+    /// The root itself is not known, only its SHA-256; the server has to send it along. Used for joining.
+    Pinned(Fingerprint),
+}
+
+impl Roots {
+    /// As in `CA_ROOT_CA` and `XDS_ROOT_CA`: a path, `SYSTEM`, or PEM.
+    pub fn parse(setting: &str) -> Self {
+        match setting.trim() {
+            "SYSTEM" => Self::System,
+            text if text.contains("-----BEGIN ") => Self::Inline(text.into()),
+            path => Self::File(path.into()),
+        }
+    }
+
+    /// The file to watch, if there is one.
+    pub(crate) fn path(&self) -> Option<&PathBuf> {
+        match self {
+            Self::File(path) => Some(path),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn verifier(&self, provider: &Arc<CryptoProvider>) -> Result<Arc<dyn ServerCertVerifier>, Error> {
+        let certificates = match self {
+            Self::Pinned(fingerprint) => {
+                return Ok(Arc::new(Pinned { fingerprint: *fingerprint, provider: provider.clone() }));
+            }
+            Self::System => system()?,
+            Self::Inline(text) => pem::certificates(text.as_bytes()).map_err(Error::Inline)?,
+            Self::File(path) => {
+                let text = std::fs::read(path).map_err(|source| Error::Read { path: path.clone(), source })?;
+                pem::certificates(&text).map_err(|source| Error::Content { path: path.clone(), source })?
+            }
+        };
+        store(certificates, provider)
+    }
+}
+
+fn system() -> Result<Vec<CertificateDer<'static>>, Error> {
+    let found = rustls_native_certs::load_native_certs();
+    if found.certs.is_empty() {
+        let why = found.errors.first().map_or_else(|| "none installed".to_owned(), ToString::to_string);
+        return Err(Error::System(why));
+    }
+    Ok(found.certs)
+}
+
+fn store(
+    certificates: Vec<CertificateDer<'static>>,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Arc<dyn ServerCertVerifier>, Error> {
+    let mut roots = RootCertStore::empty();
+    let (usable, _) = roots.add_parsable_certificates(certificates);
+    if usable == 0 {
+        return Err(Error::Unusable);
+    }
+    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        .build()
+        .map_err(|_| Error::Unusable)?;
+    Ok(verifier)
+}
+
+/// Trusts the one root with this fingerprint, which the server sends with its chain.
+#[derive(Debug)]
+struct Pinned {
+    fingerprint: Fingerprint,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let root = intermediates.iter().find(|der| x509::fingerprint(der) == self.fingerprint).ok_or_else(|| {
+            let why = Error::WrongRoot;
+            rustls::CertificateError::Other(rustls::OtherError(Arc::new(why)))
+        })?;
+        let verifier = store(vec![root.clone().into_owned()], &self.provider)
+            .map_err(|e| rustls::CertificateError::Other(rustls::OtherError(Arc::new(e))))?;
+        verifier.verify_server_cert(leaf, intermediates, name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, certificate, signed, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, certificate, signed, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Why there are no roots to check a server against.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be read.
+    #[error(
+        "cannot read the root certificates in {}: put the root of the control plane there (for Istio the ConfigMap istio-ca-root-cert), or set SYSTEM",
+        .path.display()
+    )]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// It does not hold certificates.
+    #[error("{} does not hold root certificates in PEM", .path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: pem::Error,
+    },
+    /// The inline PEM is broken.
+    #[error("the root certificates given inline cannot be used")]
+    Inline(#[source] pem::Error),
+    /// The operating system has none.
+    #[error("the operating system has no root certificates ({0}): install ca-certificates")]
+    System(String),
+    /// Parsed as PEM, but no usable certificate among them.
+    #[error("none of the root certificates can be used")]
+    Unusable,
+    /// The server is not the one that the join token was made by.
+    #[error(
+        "the server does not show the root certificate that the join token names: wrong address, or a server in between"
+    )]
+    WrongRoot,
+}

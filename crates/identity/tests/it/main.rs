@@ -1,0 +1,10 @@
+//! Integration tests of the identity crate: TLS between peers, issuance and renewal, the control channel.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails")]
+
+mod channel;
+mod issuance;
+mod local;
+mod schedule;
+mod support;
+mod tls;

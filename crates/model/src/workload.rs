@@ -1,0 +1,226 @@
+//! Workloads: whatever has an address and, mostly, an identity.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::{Gateway, NamespacedHostname, NamespacedName, Port, SpiffeId, Str, TrustDomain};
+
+/// One workload, with every field of the wire contract. What replicas share (memberships, policies, locality) is shared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Workload {
+    /// Unique name, for a pod `<cluster>//Pod/<namespace>/<name>`.
+    pub uid: Str,
+    /// Name of the pod or entry.
+    pub name: Str,
+    /// Its namespace.
+    pub namespace: Str,
+    /// Trust domain of its identity.
+    pub trust_domain: TrustDomain,
+    /// Its service account; empty where there is no identity.
+    pub service_account: Str,
+    /// Network of its addresses.
+    pub network: Str,
+    /// Its addresses: none, one, or one of each family.
+    pub addresses: SmallVec<[IpAddr; 1]>,
+    /// The name to resolve where there is no address; empty otherwise.
+    pub hostname: Str,
+    /// How a peer reaches it.
+    pub protocol: Protocol,
+    /// Whether [`Workload::addresses`] are its own or its node's.
+    pub network_mode: NetworkMode,
+    /// Whether it may be chosen as an endpoint.
+    pub status: Health,
+    /// Weight among the endpoints of a service; none are sent to 0.
+    pub capacity: u32,
+    /// The waypoint that connections to its own addresses pass through.
+    pub waypoint: Option<Arc<Gateway>>,
+    /// The gateway of its network, for peers in another one.
+    pub network_gateway: Option<Arc<Gateway>>,
+    /// How its node proxy hands connections to it (a waypoint behind a node proxy).
+    pub application_tunnel: Option<ApplicationTunnel>,
+    /// Whether it takes HBONE itself.
+    pub native_tunnel: bool,
+    /// Node that it runs on; empty if none.
+    pub node: Str,
+    /// Cluster that it belongs to.
+    pub cluster_id: Str,
+    /// Where it runs.
+    pub locality: Arc<Locality>,
+    /// Name of the application, for metrics.
+    pub canonical_name: Str,
+    /// Revision of the application, for metrics.
+    pub canonical_revision: Str,
+    /// What [`Workload::workload_name`] names.
+    pub workload_type: WorkloadType,
+    /// Name of what owns the pod.
+    pub workload_name: Str,
+    /// The services that it is an endpoint of, ordered by name.
+    pub services: Arc<[Membership]>,
+    /// The policies that select it by label.
+    pub authorization_policies: Arc<[NamespacedName]>,
+    /// Extensions, carried and not understood.
+    pub extensions: Arc<[Extension]>,
+}
+
+impl Workload {
+    /// The identity that it should prove; none without a service account.
+    pub fn identity(&self) -> Option<SpiffeId> {
+        SpiffeId::istio(&self.trust_domain, &self.namespace, &self.service_account).ok()
+    }
+
+    /// Its membership in a service.
+    pub fn membership(&self, service: &NamespacedHostname) -> Option<&Membership> {
+        self.services.iter().find(|membership| membership.service == *service)
+    }
+}
+
+impl Default for Workload {
+    fn default() -> Self {
+        Self {
+            uid: Str::default(),
+            name: Str::default(),
+            namespace: Str::default(),
+            trust_domain: TrustDomain::default(),
+            service_account: Str::default(),
+            network: Str::default(),
+            addresses: SmallVec::new(),
+            hostname: Str::default(),
+            protocol: Protocol::Tcp,
+            network_mode: NetworkMode::Standard,
+            status: Health::Healthy,
+            capacity: 1,
+            waypoint: None,
+            network_gateway: None,
+            application_tunnel: None,
+            native_tunnel: false,
+            node: Str::default(),
+            cluster_id: Str::default(),
+            locality: Arc::default(),
+            canonical_name: Str::default(),
+            canonical_revision: Str::default(),
+            workload_type: WorkloadType::Deployment,
+            workload_name: Str::default(),
+            services: Arc::default(),
+            authorization_policies: Arc::default(),
+            extensions: Arc::default(),
+        }
+    }
+}
+
+/// One service that a workload is an endpoint of.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Membership {
+    /// Name of the service, known or not yet known.
+    pub service: NamespacedHostname,
+    /// The workload's own ports for the ports of the service, ordered; they win over the service's.
+    pub ports: Arc<[Port]>,
+}
+
+/// How a peer reaches a workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Protocol {
+    /// Plain TCP: nothing in front of it takes HBONE.
+    #[default]
+    Tcp,
+    /// HBONE.
+    Hbone,
+}
+
+impl Protocol {
+    /// The word for it in metrics, logs and dumps.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Hbone => "HBONE",
+        }
+    }
+}
+
+/// Whose address a workload has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum NetworkMode {
+    /// Its own.
+    #[default]
+    Standard,
+    /// Its node's: the address says nothing about who is behind it.
+    HostNetwork,
+}
+
+/// Whether a workload reports itself ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Health {
+    /// Ready.
+    #[default]
+    Healthy,
+    /// Not ready.
+    Unhealthy,
+}
+
+/// What owns a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum WorkloadType {
+    /// A deployment.
+    #[default]
+    Deployment,
+    /// A cron job.
+    CronJob,
+    /// Nothing: a pod by itself.
+    Pod,
+    /// A job.
+    Job,
+}
+
+impl WorkloadType {
+    /// The word for it in dumps and in `baggage`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Deployment => "deployment",
+            Self::CronJob => "cronjob",
+            Self::Pod => "pod",
+            Self::Job => "job",
+        }
+    }
+}
+
+/// Where a workload runs, from coarse to fine.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct Locality {
+    /// Region.
+    pub region: Str,
+    /// Zone in the region.
+    pub zone: Str,
+    /// Subzone in the zone.
+    pub subzone: Str,
+}
+
+/// How a node proxy hands a connection to the application behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ApplicationTunnel {
+    /// What precedes the bytes.
+    pub protocol: ApplicationProtocol,
+    /// The application's port; the requested one if none.
+    pub port: Option<u16>,
+}
+
+/// What precedes the bytes that a node proxy hands to the application.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum ApplicationProtocol {
+    /// Nothing.
+    #[default]
+    None,
+    /// A PROXY protocol header (version 2) with the peer's SPIFFE id.
+    Proxy,
+}
+
+/// A named extension, carried and not understood.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Extension {
+    /// Its name.
+    pub name: Str,
+    /// Type of the value.
+    pub type_url: Str,
+    /// The value as it came.
+    pub value: Arc<[u8]>,
+}

@@ -1,0 +1,376 @@
+//! Builds the parts of the proxy, joins them, and stops them in order.
+//!
+//! ```text
+//!  start: capabilities, limits ▶ workers ▶ readiness, admin ▶ identities (join) ▶ mesh ▶ metrics ▶ pods ▶ ready
+//!  stop:  not ready ▶ pods drain ▶ deadline, or a second signal ▶ connections are cut ▶ control tasks end
+//! ```
+//! The control side (everything here) runs on one thread of its own; the data plane has its workers.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use anyhow::Context as _;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use zspire_identity::Source;
+use zspire_model::{SpiffeId, Str, TrustDomain};
+use zspire_proxy::flow::{Direction, Table};
+use zspire_proxy::workers::Workers;
+use zspire_proxy::{Keepalive, Listeners, OriginalSource, PodSpec, Proxy, Shared};
+use zspire_sys::privileges::{self, Capability};
+
+use crate::admin::dump::{self, Connection, Connections, Info, PodState};
+use crate::admin::{self, Admin};
+use crate::config::{self, Config, Mode, WorkloadName};
+use crate::discovery::{self, Board};
+use crate::mesh::{Mesh, Prefetch};
+use crate::metrics::{self, Process};
+use crate::readiness::{self, Readiness};
+use crate::shutdown::Signals;
+use crate::tasks::Tasks;
+use crate::telemetry::{self, Logging};
+use crate::{BuildInfo, http_server, identities};
+
+/// Runs the proxy until it is told to stop and has drained. Must be called before the process has threads.
+///
+/// `settled` is called when privileges are what they will be, and before the first thread is started.
+pub fn run(config: Config, build: BuildInfo, settled: impl FnOnce()) -> anyhow::Result<()> {
+    let started = Instant::now();
+    // Threads inherit what was given up: the first one, the log's, starts after this.
+    let unsettled = secure(&config);
+    settled();
+    let (logging, _written_at_the_end) = telemetry::start(&config.log_filter, config.log_format)?;
+    tracing::info!(version = build.version, revision = build.revision, "zspire starts");
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    for problem in unsettled {
+        tracing::warn!("{problem}");
+    }
+    tracing::info!(config = %dump::settings(&config), "configuration");
+    let workers = Workers::start(config.workers).context("cannot start the data-plane threads")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start")?;
+    runtime.block_on(async {
+        let node = Node { config: Arc::new(config), build: Arc::new(build), logging, workers, started };
+        node.run().await
+    })
+}
+
+/// Takes what the process needs, gives up what it does not, and says what did not work.
+fn secure(config: &Config) -> Vec<String> {
+    // Marks and foreign source addresses; a shared proxy also enters the namespaces of its pods.
+    let mut keep = vec![Capability::NetAdmin];
+    if config.mode == Mode::Shared {
+        keep.push(Capability::SysAdmin);
+    }
+    let mut problems = Vec::new();
+    let mut note = |what: &str, done: std::io::Result<()>| {
+        problems.extend(done.err().map(|error| format!("{what}: {error}")));
+    };
+    note("cannot raise the limit of open files", privileges::raise_descriptor_limit().map(drop));
+    note("cannot give up capabilities", privileges::retain_capabilities(&keep));
+    // Last: from then on the process's own files in /proc belong to root.
+    note("cannot keep private keys out of core files", privileges::harden());
+    problems
+}
+
+/// The process, before it runs.
+struct Node {
+    config: Arc<Config>,
+    build: Arc<BuildInfo>,
+    logging: Logging,
+    workers: Workers,
+    started: Instant,
+}
+
+/// What runs for the pods, and what views show of it.
+struct Served {
+    shared: Arc<Shared>,
+    pods: Pods,
+    source: Arc<dyn Source>,
+    board: Board,
+}
+
+/// The proxies of pods, by the name that views use.
+type Pods = Arc<Mutex<BTreeMap<Str, Pod>>>;
+
+struct Pod {
+    name: WorkloadName,
+    proxy: Proxy,
+}
+
+impl Node {
+    async fn run(self) -> anyhow::Result<()> {
+        let mut signals = Signals::new().context("cannot take over signals")?;
+        let (tasks, quit) = (Tasks::default(), CancellationToken::new());
+        let readiness = Readiness::new(self.started);
+        let starting = readiness.block("proxy", "starting");
+        // These are there from the beginning: they are how an operator learns what is waited for.
+        let ready = self.anywhere("readiness", self.config.addresses.readiness)?;
+        tasks.spawn("readiness", http_server::serve(ready, readiness::router(readiness.clone()), tasks.stop.clone()));
+        let view = Arc::new(OnceLock::new());
+        self.serve_admin(&view, &quit, &tasks)?;
+
+        let control = tokio::select! {
+            control = identities::start(&self.config, &readiness, &tasks) => control?,
+            reason = signals.stop(&quit) => {
+                tracing::info!(?reason, "stopped before the proxy was ready");
+                return Ok(());
+            }
+        };
+        let mesh = self.mesh(control.source.clone());
+        let discovery = discovery::start(&self.config, control.xds, &mesh, &readiness, &tasks)?;
+        let served = Arc::new(Served {
+            shared: Arc::new(Shared {
+                config: self.data_plane()?,
+                mesh: mesh.reader(),
+                metrics: zspire_proxy::metrics::Metrics::default(),
+                connections: Table::default(),
+                authorization: mesh.authorization(),
+                on_demand: discovery.on_demand.clone().map(|demand| Arc::new(discovery::OnDemand(demand)) as _),
+            }),
+            pods: Pods::default(),
+            source: control.source,
+            board: discovery.board.clone(),
+        });
+        // Set once, here.
+        let _ = view.set(served.clone());
+        self.serve_metrics(&served, &discovery, &tasks)?;
+        self.start_pods(&served, &mesh, &readiness)?;
+        starting.ready();
+
+        let reason = tokio::select! {
+            reason = signals.stop(&quit) => Some(reason),
+            () = tasks.stop.cancelled() => None,
+        };
+        tracing::info!(?reason, deadline = ?self.config.termination_deadline, "draining");
+        readiness.block("drain", "the proxy is told to stop");
+        self.drain(&served, &mut signals).await;
+        tasks.stop.cancel();
+        tasks.finished().await;
+        anyhow::ensure!(reason.is_some(), "a part of the proxy has failed; the log says which");
+        tracing::info!("stopped");
+        Ok(())
+    }
+
+    fn mesh(&self, source: Arc<dyn Source>) -> Mesh {
+        let prefetch = match &self.config.mode {
+            Mode::Shared => Some(Prefetch { node: self.config.node_name.as_str().into() }),
+            Mode::Dedicated(_) => None,
+        };
+        if let Some(id) = self.own_identity() {
+            let key = zspire_identity::WorkloadKey { id, workload: None };
+            // Asked for before discovery has said anything, so that it is there when the first connection comes.
+            drop(source.watch(&key, zspire_identity::Priority::WarmUp));
+        }
+        Mesh::new(source, &self.config.cluster_id, prefetch)
+    }
+
+    /// The identity that a dedicated proxy will need.
+    fn own_identity(&self) -> Option<SpiffeId> {
+        let Mode::Dedicated(name) = &self.config.mode else { return None };
+        let domain: TrustDomain = self.config.trust_domain.parse().ok()?;
+        SpiffeId::istio(&domain, &name.namespace, &name.service_account).ok()
+    }
+
+    fn data_plane(&self) -> anyhow::Result<zspire_proxy::Config> {
+        let c = &*self.config;
+        let mut proxy = zspire_proxy::Config::default();
+        proxy.routing.preferred_service_namespace = c.preferred_service_namespace.as_deref().map(Into::into);
+        proxy.tunnel.stream_window = c.http2.stream_window;
+        proxy.tunnel.connection_window = c.http2.connection_window;
+        proxy.tunnel.frame_size = c.http2.frame_size;
+        proxy.tunnel.client_streams = c.http2.pool_max_streams;
+        proxy.unused_release = c.http2.pool_unused_release;
+        proxy.packet_mark = c.packet_mark;
+        proxy.original_source = match c.original_source {
+            config::OriginalSource::WhenAllowed => OriginalSource::WhenAllowed,
+            config::OriginalSource::Required => OriginalSource::Required,
+            config::OriginalSource::Off => OriginalSource::Off,
+        };
+        proxy.keepalive = c.keepalive.enabled.then_some(Keepalive {
+            time: c.keepalive.time,
+            interval: c.keepalive.interval,
+            retries: c.keepalive.retries,
+            user_timeout: c.keepalive.user_timeout,
+        });
+        proxy.localhost_app_tunnel = c.localhost_app_tunnel;
+        proxy.response_baggage = c.response_baggage;
+        proxy.policy_info_logging = c.policy_info_logging;
+        anyhow::ensure!(
+            c.packet_mark.is_none() || zspire_sys::socket::can_mark(),
+            "PACKET_MARK is set, but the kernel does not let this process mark its sockets (CAP_NET_ADMIN)"
+        );
+        Ok(proxy)
+    }
+
+    /// Starts the proxy of a dedicated pod.
+    fn start_pods(&self, served: &Served, mesh: &Mesh, readiness: &Readiness) -> anyhow::Result<()> {
+        if !self.config.proxy {
+            return Ok(());
+        }
+        let Mode::Dedicated(name) = &self.config.mode else {
+            let why = "PROXY_MODE=shared: this version does not talk to the CNI node agent yet, so that no pod is served; \
+                       PROXY_MODE=dedicated serves one pod in this namespace";
+            tracing::error!("{why}");
+            readiness.block("pods", why);
+            return Ok(());
+        };
+        let addresses = &self.config.addresses;
+        let ipv6 = self.config.ipv6 && zspire_sys::socket::ipv6_available();
+        let uid: Str = format!("{}/{}", name.namespace, name.name).into();
+        let spec = PodSpec {
+            uid: uid.clone(),
+            local: mesh.follow(name),
+            listeners: Listeners::well_known(addresses.bind, ipv6, self.config.socks5),
+        };
+        let proxy = Proxy::start(&self.workers, &served.shared, spec)?;
+        tracing::info!(pod = %uid, listeners = ?proxy.listeners(), "pod is served");
+        lock(&served.pods).insert(uid, Pod { name: name.clone(), proxy });
+        Ok(())
+    }
+
+    fn serve_admin(
+        &self,
+        view: &Arc<OnceLock<Arc<Served>>>,
+        quit: &CancellationToken,
+        tasks: &Tasks,
+    ) -> anyhow::Result<()> {
+        let admin = Admin { dump: self.dump(view.clone()), logging: self.logging.clone(), quit: quit.clone() };
+        for (n, address) in self.config.admin_addresses().into_iter().enumerate() {
+            match http_server::bind("the admin page", address) {
+                Ok(listener) => {
+                    tracing::info!(address = ?listener.local_addr().ok(), "admin");
+                    let app = admin::router(admin.clone());
+                    tasks.spawn("admin", http_server::serve(listener, app, tasks.stop.clone()));
+                }
+                // Not every machine has IPv6.
+                Err(error) if n > 0 => {
+                    tracing::debug!(error = %format!("{:#}", anyhow::Error::new(error)), "no admin page")
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn serve_metrics(&self, served: &Served, discovery: &discovery::Discovery, tasks: &Tasks) -> anyhow::Result<()> {
+        let listener = self.anywhere("metrics", self.config.addresses.stats)?;
+        let registry = self.registry(served, served.source.clone(), discovery);
+        tasks.spawn("metrics", http_server::serve(listener, metrics::router(registry), tasks.stop.clone()));
+        Ok(())
+    }
+
+    fn anywhere(&self, what: &'static str, port: u16) -> anyhow::Result<TcpListener> {
+        let ipv6 = self.config.ipv6 && zspire_sys::socket::ipv6_available();
+        let any = if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
+        let listener = http_server::bind(what, SocketAddr::new(any, port))?;
+        tracing::info!(address = ?listener.local_addr().ok(), "{what}");
+        Ok(listener)
+    }
+
+    fn registry(&self, served: &Served, source: Arc<dyn Source>, discovery: &discovery::Discovery) -> Registry {
+        let mut registry = Registry::default();
+        served.shared.metrics.register_own(registry.sub_registry_with_prefix("zspire"));
+        let istio = registry.sub_registry_with_prefix("istio");
+        served.shared.metrics.register_upstream(istio);
+        metrics::register_build(istio, &self.config.istio_version);
+        if let Some(stats) = &discovery.stats {
+            istio.register_collector(Box::new(metrics::Discovery(stats.clone())));
+        }
+        registry
+            .register_collector(Box::new(Process { workers: self.workers.metrics(), logging: self.logging.clone() }));
+        registry.register_collector(Box::new(metrics::Identities(source)));
+        registry
+    }
+
+    /// Before anything is served, the dump shows the settings alone.
+    fn dump(&self, view: Arc<OnceLock<Arc<Served>>>) -> Arc<dyn Fn() -> String + Send + Sync> {
+        let (config, build) = (self.config.clone(), self.build.clone());
+        Arc::new(move || {
+            let served = view.get();
+            let snapshot = served.map(|served| served.shared.mesh.load()).unwrap_or_default();
+            let status = served.map(|served| served.board.status()).unwrap_or_default();
+            let states = |served: &Arc<Served>| {
+                pod_states(&lock(&served.pods), &served.shared.connections, &config.trust_domain)
+            };
+            dump::render(&dump::Sources {
+                config: &config,
+                build: &build,
+                snapshot: &snapshot,
+                local: config.local_xds.is_some().then_some(&*snapshot),
+                identities: served.map(|served| served.source.entries()).unwrap_or_default(),
+                workload_state: served.map(states).unwrap_or_default(),
+                discovery: dump::Discovery {
+                    source: status.source,
+                    connected: status.connected,
+                    last_error: status.last_error,
+                },
+            })
+        })
+    }
+
+    /// Live connections have until the deadline, or until the impatient operator asks again.
+    async fn drain(&self, served: &Served, signals: &mut Signals) {
+        let pods: Vec<Pod> = std::mem::take(&mut *lock(&served.pods)).into_values().collect();
+        for pod in &pods {
+            pod.proxy.drain();
+        }
+        let drained = async {
+            for pod in &pods {
+                pod.proxy.drained().await;
+            }
+        };
+        tokio::select! {
+            () = drained => tracing::info!("all connections have ended"),
+            () = tokio::time::sleep(self.config.termination_deadline) => {
+                tracing::warn!(left = served.shared.connections.live().len(), "connections are cut at the deadline");
+            }
+            () = signals.again() => {
+                tracing::warn!(left = served.shared.connections.live().len(), "connections are cut at a second signal");
+            }
+        }
+        // Cuts what is left, and waits until it has been told.
+        let cut: Vec<_> = pods.into_iter().map(|pod| pod.proxy.cut()).collect();
+        for ended in cut {
+            ended.await;
+        }
+    }
+}
+
+fn lock(pods: &Pods) -> std::sync::MutexGuard<'_, BTreeMap<Str, Pod>> {
+    pods.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn pod_states(pods: &BTreeMap<Str, Pod>, table: &Table, trust_domain: &str) -> BTreeMap<String, PodState> {
+    let mut states: BTreeMap<String, PodState> = pods
+        .iter()
+        .map(|(uid, pod)| {
+            let info = Info {
+                name: pod.name.name.clone(),
+                namespace: pod.name.namespace.clone(),
+                service_account: pod.name.service_account.clone(),
+                trust_domain: trust_domain.to_owned(),
+            };
+            (uid.to_string(), PodState { state: "Up", why: None, connections: Connections::default(), info })
+        })
+        .collect();
+    for live in table.live() {
+        let Some(state) = states.get_mut(&*live.pod) else { continue };
+        let about = &live.about;
+        let connection = Connection {
+            src: about.source_address.to_string(),
+            original_dst: about.original_destination.map(|address| address.to_string()),
+            actual_dst: about.next_hop.to_string(),
+            protocol: about.transport.as_str(),
+        };
+        match about.direction {
+            Direction::Inbound => state.connections.inbound.push(connection),
+            Direction::Outbound => state.connections.outbound.push(connection),
+        }
+    }
+    states
+}

@@ -1,0 +1,174 @@
+//! The state of the mesh in this process: discovery writes it here, and here is who has to be told of what changed.
+//!
+//! ```text
+//!  discovery ──changes──▶ Mesh ──▶ snapshot (readers)          the data plane looks things up in it
+//!                          ├─────▶ authorization (a counter)   live connections are asked about again
+//!                          ├─────▶ Local of each pod           its workload and its credentials
+//!                          └─────▶ source of identities        certificates are prefetched, and forgotten
+//! ```
+//! It is the only writer, and is called from the one task that discovery runs in.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+use zspire_identity::{Priority, Source, Watch, WorkloadKey};
+use zspire_model::{Applied, Change, Reader, Store, Str, Workload};
+use zspire_proxy::Local;
+
+use crate::config::WorkloadName;
+
+/// Which workloads get their certificates before anybody asks.
+#[derive(Debug, Clone)]
+pub struct Prefetch {
+    /// Those of this node; none if the node is not named.
+    pub node: Str,
+}
+
+/// The mesh of this process. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Mesh(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    reader: Reader,
+    authorization: watch::Sender<u64>,
+    source: Arc<dyn Source>,
+    cluster_id: Str,
+    prefetch: Option<Prefetch>,
+}
+
+#[derive(Debug)]
+struct State {
+    store: Store,
+    pods: Vec<Pod>,
+    /// The identities in use, by UID of the workload.
+    held: HashMap<Str, (WorkloadKey, Watch)>,
+}
+
+#[derive(Debug)]
+struct Pod {
+    name: WorkloadName,
+    local: watch::Sender<Option<Arc<Local>>>,
+}
+
+impl Mesh {
+    /// An empty mesh.
+    pub fn new(source: Arc<dyn Source>, cluster_id: &str, prefetch: Option<Prefetch>) -> Self {
+        let (store, reader) = Store::new();
+        let state = Mutex::new(State { store, pods: Vec::new(), held: HashMap::new() });
+        let (authorization, _) = watch::channel(0);
+        Self(Arc::new(Shared { state, reader, authorization, source, cluster_id: cluster_id.into(), prefetch }))
+    }
+
+    /// To look things up.
+    pub fn reader(&self) -> Reader {
+        self.0.reader.clone()
+    }
+
+    /// Changes whenever a connection that was allowed may be denied now.
+    pub fn authorization(&self) -> watch::Receiver<u64> {
+        self.0.authorization.subscribe()
+    }
+
+    /// Follows a pod: its workload, as soon as discovery knows one of this name, and its credentials.
+    pub fn follow(&self, name: &WorkloadName) -> watch::Receiver<Option<Arc<Local>>> {
+        let mut state = self.lock();
+        let known = state.store.snapshot().workloads().find(|workload| self.is(name, workload)).cloned();
+        let local = known.map(|workload| self.local(&mut state, workload));
+        let (sender, receiver) = watch::channel(local.flatten());
+        state.pods.retain(|pod| !pod.local.is_closed());
+        state.pods.push(Pod { name: name.clone(), local: sender });
+        receiver
+    }
+
+    /// Applies what discovery says.
+    pub fn apply(&self, changes: impl IntoIterator<Item = Change>) {
+        let mut state = self.lock();
+        let applied = state.store.apply(changes);
+        for change in &applied.workloads {
+            let gone = change
+                .old
+                .as_ref()
+                .filter(|old| change.new.as_ref().is_none_or(|new| new.identity() != old.identity()));
+            if let Some(old) = gone {
+                self.forget(&mut state, old);
+            }
+            match (&change.old, &change.new) {
+                (_, Some(new)) => self.came(&mut state, new),
+                (Some(old), None) => self.went(&mut state, old),
+                (None, None) => {}
+            }
+        }
+        self.announce(&applied);
+    }
+
+    fn announce(&self, applied: &Applied) {
+        // Last, so that whoever is told sees everything.
+        if applied.affects_authorization() {
+            self.0.authorization.send_modify(|version| *version = applied.version);
+        }
+    }
+
+    fn came(&self, state: &mut State, workload: &Arc<Workload>) {
+        let pods: Vec<usize> = (0..state.pods.len()).filter(|n| self.is(&state.pods[*n].name, workload)).collect();
+        for pod in pods {
+            let local = self.local(state, workload.clone());
+            state.pods[pod].local.send_replace(local);
+        }
+        let ours = self.0.prefetch.as_ref().is_some_and(|prefetch| {
+            !prefetch.node.is_empty() && workload.node == prefetch.node && self.is_of_this_cluster(workload)
+        });
+        if ours && workload.protocol == zspire_model::Protocol::Hbone {
+            self.hold(state, workload);
+        }
+    }
+
+    fn went(&self, state: &mut State, workload: &Workload) {
+        for pod in state.pods.iter().filter(|pod| self.is(&pod.name, workload)) {
+            pod.local.send_replace(None);
+        }
+    }
+
+    fn local(&self, state: &mut State, workload: Arc<Workload>) -> Option<Arc<Local>> {
+        let credentials = self.hold(state, &workload)?;
+        Some(Arc::new(Local { workload, credentials }))
+    }
+
+    /// Follows a workload's credentials, and so asks for them.
+    fn hold(&self, state: &mut State, workload: &Workload) -> Option<Watch> {
+        if let Some((_, watch)) = state.held.get(&workload.uid) {
+            return Some(watch.clone());
+        }
+        let key = WorkloadKey { id: workload.identity()?, workload: Some(workload.uid.clone()) };
+        let watch = self.0.source.watch(&key, Priority::WarmUp);
+        state.held.insert(workload.uid.clone(), (key, watch.clone()));
+        Some(watch)
+    }
+
+    fn forget(&self, state: &mut State, workload: &Workload) {
+        if let Some((key, _)) = state.held.remove(&workload.uid) {
+            self.0.source.forget(&key);
+        }
+    }
+
+    fn is(&self, name: &WorkloadName, workload: &Workload) -> bool {
+        *workload.name == *name.name
+            && *workload.namespace == *name.namespace
+            && *workload.service_account == *name.service_account
+            && self.is_of_this_cluster(workload)
+    }
+
+    /// Several clusters may have a pod of the same name.
+    fn is_of_this_cluster(&self, workload: &Workload) -> bool {
+        workload.cluster_id.is_empty() || workload.cluster_id == self.0.cluster_id
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+//! Metrics of the process itself, and the page they are read from.
+//!
+//! What the data plane counts is registered by `proxy`, what the sources of certificates and discovery count is read
+//! here when the page is asked for. Names of upstream's metrics are upstream's.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+use tokio::runtime::RuntimeMetrics;
+
+use crate::telemetry::Logging;
+
+/// Registers `istio_build`.
+pub fn register_build(istio: &mut Registry, tag: &str) {
+    // Not an `Info`, which would append `_info` to the name.
+    let build = prometheus_client::metrics::family::Family::<
+        Vec<(String, String)>,
+        prometheus_client::metrics::gauge::Gauge,
+    >::default();
+    build.get_or_create(&vec![("component".into(), "ztunnel".into()), ("tag".into(), tag.into())]).set(1);
+    istio.register("build", "Istio component build info", build);
+}
+
+/// Descriptors, runtimes and the log of this process.
+#[derive(Debug)]
+pub struct Process {
+    /// One runtime for each data-plane worker.
+    pub workers: Vec<RuntimeMetrics>,
+    pub logging: Logging,
+}
+
+impl Collector for Process {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let mut gauge = |name: &str, help: &str, value: i64| {
+            let metric = ConstGauge::new(value);
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        };
+        gauge("process_open_fds", "Number of open file descriptors", open_descriptors())?;
+        gauge("process_max_fds", "Maximum number of open file descriptors", zspire_sys::privileges::max_descriptors())?;
+        gauge("tokio_num_workers", "Number of data-plane workers", self.workers.len() as i64)?;
+        let sum = |of: fn(&RuntimeMetrics) -> usize| self.workers.iter().map(of).sum::<usize>() as i64;
+        gauge(
+            "tokio_global_queue_depth",
+            "Tasks waiting in the global queues",
+            sum(RuntimeMetrics::global_queue_depth),
+        )?;
+        gauge("tokio_num_alive_tasks", "Tasks alive on the data-plane workers", sum(RuntimeMetrics::num_alive_tasks))?;
+        self.encode_workers(&mut encoder)?;
+        let dropped = ConstCounter::new(self.logging.dropped_lines());
+        dropped.encode(encoder.encode_descriptor(
+            "zspire_log_lines_dropped",
+            "Log lines dropped because standard output was slower than the log",
+            None,
+            dropped.metric_type(),
+        )?)
+    }
+}
+
+impl Process {
+    fn encode_workers(&self, encoder: &mut DescriptorEncoder<'_>) -> std::fmt::Result {
+        let kind = prometheus_client::metrics::MetricType::Counter;
+        let labels = |number: usize| [("worker", number.to_string())];
+        let help = "Time each worker was busy";
+        let mut busy = encoder.encode_descriptor("tokio_worker_total_busy_duration_seconds", help, None, kind)?;
+        for (number, worker) in self.workers.iter().enumerate() {
+            let seconds = worker.worker_total_busy_duration(0).as_secs_f64();
+            ConstCounter::new(seconds).encode(busy.encode_family(&labels(number))?)?;
+        }
+        type Count = (&'static str, &'static str, fn(&RuntimeMetrics) -> u64);
+        let counts: [Count; 2] = [
+            ("tokio_worker_park_count", "Times each worker went to sleep", |m| m.worker_park_count(0)),
+            ("tokio_worker_park_unpark_count", "Times each worker went to sleep or woke", |m| {
+                m.worker_park_unpark_count(0)
+            }),
+        ];
+        for (name, help, read) in counts {
+            let mut metric = encoder.encode_descriptor(name, help, None, kind)?;
+            for (number, worker) in self.workers.iter().enumerate() {
+                ConstCounter::new(read(worker)).encode(metric.encode_family(&labels(number))?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn open_descriptors() -> i64 {
+    std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count() as i64)
+}
+
+/// What a source of identities counts.
+#[derive(Debug)]
+pub struct Identities(pub Arc<dyn zspire_identity::Source>);
+
+impl Collector for Identities {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let stats = self.0.stats();
+        let issued = ConstCounter::new(stats.issued);
+        let kind = issued.metric_type();
+        issued.encode(encoder.encode_descriptor(
+            "zspire_certificates_issued",
+            "Certificates obtained",
+            None,
+            kind,
+        )?)?;
+        let turned_away = ConstCounter::new(stats.turned_away);
+        turned_away.encode(encoder.encode_descriptor(
+            "zspire_certificate_prefetches_turned_away",
+            "Prefetches that found the queue full",
+            None,
+            kind,
+        )?)?;
+        let help = "Failed attempts to obtain a certificate";
+        let mut failures = encoder.encode_descriptor("zspire_certificate_failures", help, None, kind)?;
+        for (reason, count) in &stats.failures {
+            ConstCounter::new(*count).encode(failures.encode_family(&[("reason", *reason)])?)?;
+        }
+        let mut gauge = |name: &str, help: &str, value: usize| {
+            let metric = ConstGauge::new(value as i64);
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        };
+        gauge("zspire_certificates_queued", "Identities that wait for their turn", stats.queued)?;
+        gauge("zspire_certificate_requests_in_flight", "Requests to the CA under way", stats.in_flight)?;
+        self.encode_expiry(&mut encoder, &stats)
+    }
+}
+
+impl Identities {
+    fn encode_expiry(&self, encoder: &mut DescriptorEncoder<'_>, stats: &zspire_identity::Stats) -> std::fmt::Result {
+        let kind = prometheus_client::metrics::MetricType::Gauge;
+        let help = "When the certificate of an identity expires, in seconds since 1970";
+        let mut expiry = encoder.encode_descriptor("zspire_certificate_expiry_timestamp_seconds", help, None, kind)?;
+        for (id, at) in &stats.expiry {
+            let seconds = at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
+            ConstGauge::new(seconds as i64).encode(expiry.encode_family(&[("identity", id.as_str())])?)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a client of a discovery server counts; registered with upstream's prefix, since the names are upstream's.
+#[derive(Debug)]
+pub struct Discovery(pub zspire_xds::client::Stats);
+
+impl Collector for Discovery {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let stats = self.0.snapshot();
+        let mut counter = |name: &str, help: &str, label: &'static str, values: Vec<(&'static str, u64)>| {
+            let kind = prometheus_client::metrics::MetricType::Counter;
+            let mut metric = encoder.encode_descriptor(name, help, None, kind)?;
+            values
+                .into_iter()
+                .try_for_each(|(of, value)| ConstCounter::new(value).encode(metric.encode_family(&[(label, of)])?))
+        };
+        let terminations = stats.connection_terminations.iter().map(|(reason, n)| (reason.as_str(), *n)).collect();
+        let help = "The total number of completed connections to the discovery server";
+        counter("xds_connection_terminations", help, "reason", terminations)?;
+        let of =
+            |values: &std::collections::BTreeMap<&'static str, u64>| values.iter().map(|(url, n)| (*url, *n)).collect();
+        counter("xds_message", "Total number of messages received", "url", of(&stats.messages))?;
+        counter("xds_message_bytes", "Total number of bytes received", "url", of(&stats.message_bytes))
+    }
+}
+
+/// `/metrics` and `/stats/prometheus`.
+pub fn router(registry: Registry) -> Router {
+    Router::new().route("/metrics", get(page)).route("/stats/prometheus", get(page)).with_state(Arc::new(registry))
+}
+
+async fn page(State(registry): State<Arc<Registry>>) -> Response {
+    let mut text = String::new();
+    if text::encode(&mut text, &registry).is_err() {
+        text.clear();
+        let _ = writeln!(text, "# the metrics cannot be written");
+    }
+    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
+}

@@ -1,0 +1,108 @@
+//! Readiness: which parts of the proxy are still waited for, and why.
+//!
+//! A part takes a [`Blocker`] when it starts and gives it up when it is ready; while it waits it says what
+//! for. `GET :15021/healthz/ready` answers 200 when nothing blocks, else 503 with one line for each.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::get;
+
+/// The parts that are not ready.
+#[derive(Debug, Clone)]
+pub struct Readiness {
+    pending: Arc<Mutex<BTreeMap<&'static str, String>>>,
+    started: Instant,
+}
+
+impl Readiness {
+    /// Nothing blocks yet. `started` is when the process began.
+    pub fn new(started: Instant) -> Self {
+        Self { pending: Arc::default(), started }
+    }
+
+    /// The proxy is not ready until the returned value is told so; a part that fails leaves it unready.
+    pub fn block(&self, part: &'static str, why: impl Into<String>) -> Blocker {
+        self.lock().insert(part, why.into());
+        Blocker { part, readiness: self.clone() }
+    }
+
+    /// What is waited for: part and reason. Empty: ready.
+    pub fn pending(&self) -> Vec<(&'static str, String)> {
+        self.lock().iter().map(|(part, why)| (*part, why.clone())).collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<&'static str, String>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn release(&self, part: &'static str) {
+        let mut pending = self.lock();
+        pending.remove(part);
+        let after: Duration = self.started.elapsed();
+        if pending.is_empty() {
+            tracing::info!("{part} is ready, the proxy is ready after {after:?}");
+        } else {
+            let rest: Vec<_> = pending.keys().collect();
+            tracing::info!("{part} is ready after {after:?}, still waiting for {rest:?}");
+        }
+    }
+}
+
+/// One part that is not ready.
+#[derive(Debug)]
+pub struct Blocker {
+    part: &'static str,
+    readiness: Readiness,
+}
+
+impl Blocker {
+    /// What the part is waiting for.
+    pub fn because(&self, why: impl Into<String>) {
+        self.readiness.lock().insert(self.part, why.into());
+    }
+
+    /// The part is ready.
+    pub fn ready(self) {
+        self.readiness.release(self.part);
+    }
+}
+
+/// `/healthz/ready`.
+pub fn router(readiness: Readiness) -> Router {
+    Router::new().route("/healthz/ready", get(page)).with_state(readiness)
+}
+
+async fn page(State(readiness): State<Readiness>) -> (StatusCode, String) {
+    let pending = readiness.pending();
+    if pending.is_empty() {
+        return (StatusCode::OK, "ready\n".to_owned());
+    }
+    let lines: String = pending.iter().map(|(part, why)| format!("{part}: {why}\n")).collect();
+    (StatusCode::SERVICE_UNAVAILABLE, lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ready_when_every_part_is() {
+        let readiness = Readiness::new(Instant::now());
+        assert!(readiness.pending().is_empty());
+        let xds = readiness.block("discovery", "connecting");
+        let proxy = readiness.block("proxy", "starting");
+        xds.because("no answer from https://localhost:15012: connection refused");
+        proxy.ready();
+        assert_eq!(
+            readiness.pending(),
+            [("discovery", "no answer from https://localhost:15012: connection refused".to_owned())]
+        );
+        xds.ready();
+        assert!(readiness.pending().is_empty());
+    }
+}

@@ -1,0 +1,107 @@
+//! Accepting connections, also when descriptors run out.
+//!
+//! Without a free descriptor a connection stays in the kernel's queue and the listener stays readable, so that a loop that only
+//! tries again burns a core. One descriptor is held back: it is given up to accept the connection and close it, so that the
+//! client learns at once, and taken again. Then the listener rests.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::Instant;
+
+use crate::connect::{canonical, refuse};
+use crate::pod::Pod;
+
+/// How long a listener rests when something that a connection needs has run out.
+const REST: Duration = Duration::from_millis(20);
+/// At most one line about it in this time.
+const COMPLAINT: Duration = Duration::from_secs(10);
+
+/// A connection that was accepted, and nothing more.
+#[derive(Debug)]
+pub(crate) struct Accepted {
+    pub(crate) socket: TcpStream,
+    /// Where it comes from.
+    pub(crate) source: SocketAddr,
+    /// Where it arrived.
+    pub(crate) local: SocketAddr,
+}
+
+/// Accepts connections and starts `serve` for each as a task of the pod; runs until dropped.
+pub(crate) async fn accept<F>(listener: std::net::TcpListener, pod: &Pod, serve: impl Fn(Pod, Accepted) -> F)
+where
+    F: Future<Output = ()> + 'static,
+{
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, "cannot watch a listening socket");
+            return;
+        }
+    };
+    let reserve = Reserve::default();
+    loop {
+        match listener.accept().await {
+            Ok((socket, source)) => {
+                let Ok(local) = socket.local_addr() else { continue };
+                pod.sockets().tune(&SockRef::from(&socket));
+                let accepted = Accepted { socket, source: canonical(source), local: canonical(local) };
+                pod.connections().spawn(serve(pod.clone(), accepted));
+            }
+            // The client went away while it waited.
+            Err(error) if !is_shortage(&error) => {}
+            Err(error) => {
+                reserve.shed(&listener, &error);
+                tokio::time::sleep(REST).await;
+            }
+        }
+    }
+}
+
+fn is_shortage(error: &io::Error) -> bool {
+    // EMFILE, ENFILE, ENOBUFS, ENOMEM
+    matches!(error.raw_os_error(), Some(24 | 23 | 105 | 12))
+}
+
+/// The descriptor that is held back.
+struct Reserve {
+    held: Cell<Option<File>>,
+    complained: Cell<Option<Instant>>,
+}
+
+impl Default for Reserve {
+    fn default() -> Self {
+        Self { held: Cell::new(File::open("/dev/null").ok()), complained: Cell::new(None) }
+    }
+}
+
+impl Reserve {
+    /// Turns away what waits, as far as it waits now.
+    fn shed(&self, listener: &TcpListener, error: &io::Error) {
+        drop(self.held.take());
+        let mut shed = 0;
+        while shed < 1024
+            && let Ok((socket, _)) = SockRef::from(listener).accept()
+        {
+            let _ = socket.set_linger(Some(Duration::ZERO));
+            shed += 1;
+        }
+        self.held.set(File::open("/dev/null").ok());
+        if self.complained.get().is_none_or(|at| at.elapsed() >= COMPLAINT) {
+            self.complained.set(Some(Instant::now()));
+            tracing::error!(%error, shed, "connections are turned away: raise the limit of open files (ulimit -n)");
+        }
+    }
+}
+
+impl Accepted {
+    /// Turns the client away.
+    pub(crate) fn refuse(self) {
+        refuse(self.socket);
+    }
+}

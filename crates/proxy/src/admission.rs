@@ -1,0 +1,144 @@
+//! Whether a connection may reach the pod, and its way into the application.
+//!
+//! ```text
+//!  Question ── authorize ──▶ Authorized ── connect ──▶ Connected ── relay_* ──▶ (ended)
+//! ```
+//! Only this file makes an [`Authorized`], and only from a verdict of the policies: the bytes of a connection that was not
+//! authorized cannot be relayed.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use zspire_hbone::{Stream, copy};
+use zspire_model::authorize::Decision;
+use zspire_model::policy::Action;
+use zspire_model::workload::{ApplicationProtocol, ApplicationTunnel};
+use zspire_model::{Service, Snapshot, SpiffeId, Workload};
+
+use crate::connect;
+use crate::flow::{Failure, Flow};
+use crate::live::{Place, Question};
+use crate::metrics::Flag;
+use crate::outbound::outcome;
+use crate::pod::{Local, Pod};
+use crate::preamble;
+
+/// A connection that policies allow.
+pub(crate) struct Authorized {
+    /// From now on a change of policy cuts it.
+    place: Place,
+    destination: SocketAddr,
+    peer: Option<SpiffeId>,
+    source: SocketAddr,
+}
+
+/// A connection whose application is connected.
+pub(crate) struct Connected {
+    place: Place,
+    socket: TcpStream,
+}
+
+/// Asks the policies of the newest snapshot.
+pub(crate) fn authorize(
+    pod: &Pod,
+    local: &Local,
+    question: Question,
+    source: SocketAddr,
+) -> Result<Authorized, Failure> {
+    let verdict = pod.mesh(|snapshot| question.ask(snapshot, &local.workload));
+    let info = pod.shared().config.policy_info_logging;
+    macro_rules! say {
+        ($($what:tt)*) => {
+            if info { tracing::info!($($what)*) } else { tracing::debug!($($what)*) }
+        };
+    }
+    let peer = question.peer.as_ref().map(SpiffeId::as_str);
+    for (policy, action) in &verdict.dry_run {
+        let would = match action {
+            Action::Allow => "allow",
+            Action::Deny => "deny",
+        };
+        say!(%policy, would, source = %source, destination = %question.destination, peer, "dry run of a policy matches");
+    }
+    say!(verdict = %verdict.decision, source = %source, destination = %question.destination, peer, "policies were asked");
+    match verdict.decision {
+        Decision::Allowed { .. } => {
+            let (destination, peer) = (question.destination, question.peer.clone());
+            let in_tunnel = peer.is_some();
+            Ok(Authorized { place: pod.live().enter(Some(question), in_tunnel), destination, peer, source })
+        }
+        Decision::Denied(denied) => {
+            Err(Failure::new(Flag::Deny, format_args!("connection closed due to policy rejection: {denied}")))
+        }
+    }
+}
+
+impl Authorized {
+    /// Where the application is.
+    pub(crate) fn application(&self, pod: &Pod, tunnel: Option<ApplicationTunnel>) -> SocketAddr {
+        let Some(tunnel) = tunnel else { return self.destination };
+        let port = tunnel.port.unwrap_or(self.destination.port());
+        let ip = match (pod.shared().config.localhost_app_tunnel, self.destination.ip()) {
+            (true, IpAddr::V4(_)) => IpAddr::from(std::net::Ipv4Addr::LOCALHOST),
+            (true, IpAddr::V6(_)) => IpAddr::from(std::net::Ipv6Addr::LOCALHOST),
+            (false, ip) => ip,
+        };
+        SocketAddr::new(ip, port)
+    }
+
+    /// Connects to the application.
+    pub(crate) async fn connect(self, pod: &Pod, tunnel: Option<ApplicationTunnel>) -> Result<Connected, Failure> {
+        let to = self.application(pod, tunnel);
+        let mut socket = pod.sockets().connect(to, self.source.ip()).await?;
+        if tunnel.is_some_and(|tunnel| tunnel.protocol == ApplicationProtocol::Proxy) {
+            let header = preamble::proxy_v2(self.source, self.destination, self.peer.as_ref());
+            // A few hundred bytes into an empty socket buffer: it does not wait.
+            socket.write_all(&header).await.map_err(|cause| connect::Error::Failed { to, cause })?;
+        }
+        Ok(Connected { place: self.place, socket })
+    }
+}
+
+impl Connected {
+    /// Carries a tunnel's stream to its end.
+    pub(crate) fn relay_stream(self, stream: Stream, flow: Flow) -> impl Future<Output = ()> + 'static {
+        let Self { place, socket } = self;
+        async move {
+            let end = stream.relay(socket, &flow.live().bytes, place.cut()).await;
+            flow.finish(true, outcome(end, &place));
+        }
+    }
+
+    /// Carries a plain connection to its end.
+    pub(crate) fn relay_plain(self, client: TcpStream, flow: Flow) -> impl Future<Output = ()> + 'static {
+        let Self { place, socket } = self;
+        async move {
+            let end = copy(socket, client, &flow.live().bytes, place.cut()).await;
+            flow.finish(true, outcome(end, &place));
+        }
+    }
+}
+
+/// The workload that a connection comes from: the one at its address, if it has the identity that was proved.
+pub(crate) fn source_workload(
+    snapshot: &Snapshot,
+    local: &Workload,
+    address: IpAddr,
+    peer: Option<&SpiffeId>,
+) -> Option<Arc<Workload>> {
+    let found = snapshot.workload_at(&local.network, address)?;
+    let same = peer.is_none_or(|peer| found.identity().as_ref() == Some(peer));
+    same.then(|| found.clone())
+}
+
+/// The service that a connection to a port of the workload probably asked for: the first that leads there.
+pub(crate) fn likely_service(snapshot: &Snapshot, local: &Workload, port: u16) -> Option<Arc<Service>> {
+    local.services.iter().find_map(|membership| {
+        let service = snapshot.service(&membership.service)?;
+        let own = membership.ports.iter().any(|own| own.target == Some(port));
+        let leads = own || service.ports.iter().any(|of_service| of_service.target == Some(port));
+        leads.then(|| service.clone())
+    })
+}

@@ -1,0 +1,157 @@
+//! TCP connections that the proxy opens: marked, from the right address, in bounded time; and names that are resolved for them.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::timeout;
+use zspire_model::{HBONE_PORT, Str};
+use zspire_sys::socket;
+
+use crate::config::{Config, Keepalive, OriginalSource};
+use crate::flow::Failure;
+use crate::metrics::Flag;
+
+/// Makes the sockets of a pod.
+#[derive(Debug, Clone)]
+pub(crate) struct Sockets {
+    mark: Option<u32>,
+    original_source: OriginalSource,
+    /// Whether the kernel lets us take any source address.
+    transparent: bool,
+    keepalive: Option<Keepalive>,
+    timeout: Duration,
+}
+
+impl Sockets {
+    /// Settings, and what the kernel allows.
+    pub(crate) fn new(config: &Config) -> Self {
+        Self {
+            mark: config.packet_mark,
+            original_source: config.original_source,
+            transparent: config.original_source != OriginalSource::Off && socket::can_be_transparent(),
+            keepalive: config.keepalive,
+            timeout: config.handshake_timeout,
+        }
+    }
+
+    /// `SO_MARK` of every socket.
+    pub(crate) fn mark(&self) -> Option<u32> {
+        self.mark
+    }
+
+    /// Opens a connection, from `source` if the settings and the kernel allow that.
+    pub(crate) async fn connect(&self, to: SocketAddr, source: IpAddr) -> Result<TcpStream, Error> {
+        let failed = |cause| Error::Failed { to, cause };
+        let source = self.source(to, source).map_err(failed)?;
+        let options = socket::Connect {
+            source,
+            mark: self.mark,
+            transparent: source.is_some_and(|source| !source.is_loopback()),
+        };
+        let socket = socket::stream(to, &options).map_err(failed)?;
+        // Before the handshake: a peer that goes away in it is noticed as well.
+        self.tune(&SockRef::from(&socket));
+        let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
+        match timeout(self.timeout, connecting).await {
+            Ok(connected) => connected.map_err(failed),
+            Err(_) => Err(Error::TimedOut { to, after: self.timeout }),
+        }
+    }
+
+    /// The source address to take: none leaves the choice to the kernel.
+    fn source(&self, to: SocketAddr, source: IpAddr) -> io::Result<Option<IpAddr>> {
+        let (source, to) = (source.to_canonical(), to.ip().to_canonical());
+        // What came over loopback stays there, and nothing else can reach it.
+        let usable = source.is_ipv4() == to.is_ipv4() && source.is_loopback() == to.is_loopback();
+        let allowed = self.transparent || source.is_loopback();
+        match self.original_source {
+            OriginalSource::Off => Ok(None),
+            OriginalSource::WhenAllowed => Ok((usable && allowed).then_some(source)),
+            OriginalSource::Required if usable && !allowed => Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "ENABLE_ORIG_SRC=true, but the kernel does not allow this process foreign source addresses (CAP_NET_ADMIN)",
+            )),
+            OriginalSource::Required => Ok(usable.then_some(source)),
+        }
+    }
+
+    /// Sets what every connection has, opened or accepted.
+    pub(crate) fn tune(&self, socket: &SockRef<'_>) {
+        // A socket that refuses an option has just been closed by its peer, which the next read tells.
+        let _ = socket.set_tcp_nodelay(true);
+        let Some(keepalive) = &self.keepalive else { return };
+        let probes = TcpKeepalive::new()
+            .with_time(keepalive.time)
+            .with_interval(keepalive.interval)
+            .with_retries(keepalive.retries);
+        let _ = socket.set_tcp_keepalive(&probes);
+        if keepalive.user_timeout {
+            let _ = socket.set_tcp_user_timeout(Some(keepalive.time + keepalive.interval * keepalive.retries));
+        }
+    }
+}
+
+/// Resolves a hostname to an address, of the family of `like` if there is one.
+pub(crate) async fn resolve(hostname: &Str, like: Option<IpAddr>, limit: Duration) -> Result<IpAddr, Error> {
+    let failed = |cause| Error::Unresolved { hostname: hostname.clone(), cause };
+    let lookup = tokio::net::lookup_host((&**hostname, 0));
+    let found = match timeout(limit, lookup).await {
+        Ok(found) => found.map_err(failed)?,
+        Err(_) => return Err(failed(io::ErrorKind::TimedOut.into())),
+    };
+    let all: Vec<IpAddr> = found.map(|address| address.ip()).collect();
+    let same = |ip: &&IpAddr| like.is_none_or(|like| like.to_canonical().is_ipv4() == ip.is_ipv4());
+    all.iter()
+        .find(same)
+        .or(all.first())
+        .copied()
+        .ok_or_else(|| failed(io::Error::new(io::ErrorKind::NotFound, "no address")))
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("cannot connect to {to}: {cause}")]
+    Failed { to: SocketAddr, cause: io::Error },
+    #[error("no answer from {to} in {after:?}{}", if to.port() == HBONE_PORT { HINT } else { "" })]
+    TimedOut { to: SocketAddr, after: Duration },
+    #[error("cannot resolve {hostname}: {cause}")]
+    Unresolved { hostname: Str, cause: io::Error },
+}
+
+const HINT: &str = "; maybe a network policy blocks port 15008, which mesh traffic needs";
+
+impl Error {
+    /// What the application is told over SOCKS.
+    pub(crate) fn kind(&self) -> io::ErrorKind {
+        match self {
+            Self::Failed { cause, .. } => cause.kind(),
+            Self::TimedOut { .. } => io::ErrorKind::TimedOut,
+            Self::Unresolved { .. } => io::ErrorKind::NotFound,
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let flag = match error {
+            Error::TimedOut { to, .. } if to.port() == HBONE_PORT => Flag::NetworkPolicy,
+            _ => Flag::Connect,
+        };
+        Self { kind: error.kind(), ..Self::new(flag, error) }
+    }
+}
+
+/// Closes a socket by a reset: what it was opened for did not come about.
+pub(crate) fn refuse(socket: TcpStream) {
+    // Without it the close is orderly, which is the worse message but no leak.
+    let _ = socket.set_zero_linger();
+}
+
+/// The same address without the IPv6 form of an IPv4 one.
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

@@ -1,0 +1,477 @@
+//! What the data plane counts: upstream's `istio_tcp_*` series with upstream's labels, and what upstream lacks.
+//!
+//! A label set is some twenty texts, so it is looked up once a connection, not once a counter: a [`Series`] holds all
+//! counters of one label set, and a connection keeps hold of it. Series of workloads that are gone can be dropped.
+
+use std::collections::HashMap;
+use std::fmt::{self, Write as _};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, LabelSetEncoder};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+use zspire_model::{Service, SpiffeId, Str, Workload};
+
+/// Which end of a connection reports it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reporter {
+    /// The client's proxy.
+    Source,
+    /// The server's proxy.
+    Destination,
+}
+
+impl Reporter {
+    /// As in the `reporter` label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+}
+
+/// Why a connection ended otherwise than by itself: the `response_flags` label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Flag {
+    /// Nothing to report.
+    None,
+    /// Refused by policy.
+    Deny,
+    /// The destination could not be connected.
+    Connect,
+    /// The TLS handshake failed.
+    TlsFailure,
+    /// HTTP/2 could not be set up.
+    H2HandshakeFailure,
+    /// No answer from the peer's HBONE port: probably a network policy.
+    NetworkPolicy,
+    /// No certificate.
+    IdentityError,
+    /// The peer's certificate is revoked.
+    CertRevoked,
+}
+
+impl Flag {
+    /// As in the `response_flags` label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "-",
+            Self::Deny => "DENY",
+            Self::Connect => "CONNECT",
+            Self::TlsFailure => "TLS_FAILURE",
+            Self::H2HandshakeFailure => "H2_HANDSHAKE_FAILURE",
+            Self::NetworkPolicy => "NETWORK_POLICY",
+            Self::IdentityError => "IDENTITY_ERROR",
+            Self::CertRevoked => "CERT_REVOKED",
+        }
+    }
+}
+
+/// Who took part in a connection, as far as it is known.
+#[derive(Debug, Clone)]
+pub struct Ends {
+    pub reporter: Reporter,
+    pub source: Option<Arc<Workload>>,
+    pub source_identity: Option<SpiffeId>,
+    pub destination: Option<Arc<Workload>>,
+    pub destination_identity: Option<SpiffeId>,
+    pub service: Option<Arc<Service>>,
+    /// Whether both ends are authenticated.
+    pub mutual_tls: bool,
+}
+
+/// One label set.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Labels {
+    reporter: Reporter,
+    source: Side,
+    destination: Side,
+    service: [Str; 3],
+    mutual_tls: bool,
+    flag: Flag,
+}
+
+/// The labels of one workload. Empty texts are shown as `unknown`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+struct Side {
+    workload: Str,
+    canonical_service: Str,
+    canonical_revision: Str,
+    namespace: Str,
+    principal: Str,
+    cluster: Str,
+    region: Str,
+    zone: Str,
+}
+
+impl Side {
+    fn new(workload: Option<&Workload>, identity: Option<&SpiffeId>) -> Self {
+        let mut side =
+            Self { principal: identity.map_or_else(Str::default, |id| id.as_str().into()), ..Self::default() };
+        if let Some(w) = workload {
+            side.workload = w.workload_name.clone();
+            side.canonical_service = w.canonical_name.clone();
+            side.canonical_revision = w.canonical_revision.clone();
+            side.namespace = w.namespace.clone();
+            side.cluster = w.cluster_id.clone();
+            side.region = w.locality.region.clone();
+            side.zone = w.locality.zone.clone();
+        }
+        side
+    }
+}
+
+impl Labels {
+    fn new(ends: &Ends, flag: Flag) -> Self {
+        let service = match &ends.service {
+            Some(s) => [s.hostname.clone(), s.namespace.clone(), s.name.clone()],
+            None => Default::default(),
+        };
+        Self {
+            reporter: ends.reporter,
+            source: Side::new(ends.source.as_deref(), ends.source_identity.as_ref()),
+            destination: Side::new(ends.destination.as_deref(), ends.destination_identity.as_ref()),
+            service,
+            mutual_tls: ends.mutual_tls,
+            flag,
+        }
+    }
+}
+
+impl EncodeLabelSet for Labels {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
+        let (s, d) = (&self.source, &self.destination);
+        let policy = if self.mutual_tls { "mutual_tls" } else { "unknown" };
+        let all: [(&str, &str); 27] = [
+            ("reporter", self.reporter.as_str()),
+            ("source_workload", &s.workload),
+            ("source_canonical_service", &s.canonical_service),
+            ("source_canonical_revision", &s.canonical_revision),
+            ("source_workload_namespace", &s.namespace),
+            ("source_principal", &s.principal),
+            ("source_app", &s.canonical_service),
+            ("source_version", &s.canonical_revision),
+            ("source_cluster", &s.cluster),
+            ("destination_service", &self.service[0]),
+            ("destination_service_namespace", &self.service[1]),
+            ("destination_service_name", &self.service[2]),
+            ("destination_workload", &d.workload),
+            ("destination_canonical_service", &d.canonical_service),
+            ("destination_canonical_revision", &d.canonical_revision),
+            ("destination_workload_namespace", &d.namespace),
+            ("destination_principal", &d.principal),
+            ("destination_app", &d.canonical_service),
+            ("destination_version", &d.canonical_revision),
+            ("destination_cluster", &d.cluster),
+            ("request_protocol", "tcp"),
+            ("response_flags", self.flag.as_str()),
+            ("connection_security_policy", policy),
+            ("source_region", &s.region),
+            ("source_zone", &s.zone),
+            ("destination_region", &d.region),
+            ("destination_zone", &d.zone),
+        ];
+        for (name, value) in all {
+            let mut label = encoder.encode_label();
+            let mut key = label.encode_label_key()?;
+            key.write_str(name)?;
+            let mut text = key.encode_label_value()?;
+            text.write_str(if value.is_empty() { "unknown" } else { value })?;
+            text.finish()?;
+        }
+        Ok(())
+    }
+}
+
+/// The counters of one label set.
+#[derive(Debug, Default)]
+pub struct Series {
+    opened: AtomicU64,
+    closed: AtomicU64,
+    failed: AtomicU64,
+    sent: AtomicU64,
+    received: AtomicU64,
+    /// Connections that hold on to this series.
+    bytes_reported: AtomicU64,
+}
+
+impl Series {
+    /// A connection was opened.
+    pub fn opened(&self) {
+        self.opened.fetch_add(1, Relaxed);
+    }
+
+    /// A connection was closed.
+    pub fn closed(&self) {
+        self.closed.fetch_add(1, Relaxed);
+    }
+
+    /// A connection could not be made.
+    pub fn failed(&self) {
+        self.failed.fetch_add(1, Relaxed);
+    }
+
+    /// Bytes as upstream counts them: `sent` towards the destination by a source, towards the source by a destination.
+    pub fn bytes(&self, sent: u64, received: u64) {
+        self.bytes_reported.fetch_add(1, Relaxed);
+        self.sent.fetch_add(sent, Relaxed);
+        self.received.fetch_add(received, Relaxed);
+    }
+}
+
+/// A plain label set of static texts.
+type Static = Vec<(&'static str, &'static str)>;
+
+/// Everything that the data plane counts. Clones count together.
+#[derive(Debug, Clone)]
+pub struct Metrics(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    series: Mutex<HashMap<Labels, Arc<Series>>>,
+    sockets: [AtomicI64; 2],
+    handshakes: Family<Static, Histogram, fn() -> Histogram>,
+    handshake_failures: Family<Static, Counter>,
+    early_denials: Family<Static, Counter>,
+    tunnels: AtomicI64,
+    tunnel_waits: Counter,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let histogram: fn() -> Histogram =
+            || Histogram::new([0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0]);
+        Self(Arc::new(Inner {
+            series: Mutex::default(),
+            sockets: [AtomicI64::new(0), AtomicI64::new(0)],
+            handshakes: Family::new_with_constructor(histogram),
+            handshake_failures: Family::default(),
+            early_denials: Family::default(),
+            tunnels: AtomicI64::new(0),
+            tunnel_waits: Counter::default(),
+        }))
+    }
+}
+
+impl Metrics {
+    /// Registers upstream's metrics, in a registry with the prefix `istio`.
+    pub fn register_upstream(&self, istio: &mut Registry) {
+        istio.register_collector(Box::new(self.clone()));
+    }
+
+    /// Registers what upstream lacks, in a registry with the prefix `zspire`.
+    pub fn register_own(&self, zspire: &mut Registry) {
+        zspire.register("tls_handshake_seconds", "Time of TLS handshakes between proxies", self.0.handshakes.clone());
+        zspire.register(
+            "tls_handshake_failures",
+            "TLS handshakes between proxies that failed, by the check that failed",
+            self.0.handshake_failures.clone(),
+        );
+        zspire.register(
+            "early_denials",
+            "Connections refused before anything was known of their destination",
+            self.0.early_denials.clone(),
+        );
+        zspire.register("tunnel_waits", "Connections that waited for a tunnel to be made", self.0.tunnel_waits.clone());
+        zspire.register_collector(Box::new(Tunnels(self.clone())));
+    }
+
+    /// The series for a connection between these ends that ends (or has begun) so.
+    pub fn series(&self, ends: &Ends, flag: Flag) -> Arc<Series> {
+        Arc::clone(self.lock().entry(Labels::new(ends, flag)).or_default())
+    }
+
+    /// Drops series that no connection holds and whose workloads `is_known` no longer knows by namespace and workload name.
+    pub fn prune(&self, is_known: impl Fn(&str, &str) -> bool) {
+        let known = |side: &Side| side.workload.is_empty() || is_known(&side.namespace, &side.workload);
+        self.lock().retain(|labels, series| {
+            Arc::strong_count(series) > 1 || (known(&labels.source) && known(&labels.destination))
+        });
+    }
+
+    /// Counts a captured socket until the returned value is dropped.
+    pub fn socket(&self, reporter: Reporter) -> OpenSocket {
+        self.0.sockets[reporter as usize].fetch_add(1, Relaxed);
+        OpenSocket { metrics: self.clone(), reporter }
+    }
+
+    /// A TLS handshake succeeded.
+    pub fn handshake(&self, reporter: Reporter, seconds: f64) {
+        self.0.handshakes.get_or_create(&vec![("reporter", reporter.as_str())]).observe(seconds);
+    }
+
+    /// A TLS handshake failed at the check of this name.
+    pub fn handshake_failed(&self, reporter: Reporter, reason: &'static str) {
+        self.0.handshake_failures.get_or_create(&vec![("reporter", reporter.as_str()), ("reason", reason)]).inc();
+    }
+
+    /// A connection was refused before its destination was known.
+    pub fn denied_early(&self, reporter: Reporter, reason: &'static str) {
+        self.0.early_denials.get_or_create(&vec![("reporter", reporter.as_str()), ("reason", reason)]).inc();
+    }
+
+    /// A connection waits for a tunnel.
+    pub fn tunnel_wait(&self) {
+        self.0.tunnel_waits.inc();
+    }
+
+    /// Pooled tunnels came (positive) or went.
+    pub fn tunnels(&self, change: i64) {
+        self.0.tunnels.fetch_add(change, Relaxed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Labels, Arc<Series>>> {
+        self.0.series.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A captured socket that is open. See [`Metrics::socket`].
+#[derive(Debug)]
+pub struct OpenSocket {
+    metrics: Metrics,
+    reporter: Reporter,
+}
+
+impl Drop for OpenSocket {
+    fn drop(&mut self) {
+        self.metrics.0.sockets[self.reporter as usize].fetch_sub(1, Relaxed);
+    }
+}
+
+/// Name, help, and how a series shows it: `None` where it has nothing to say.
+type TcpMetric = (&'static str, &'static str, fn(&Series) -> Option<u64>);
+
+const TCP: [TcpMetric; 5] = [
+    ("tcp_connections_opened", "The total number of TCP connections opened", |s| some(&s.opened)),
+    ("tcp_connections_closed", "The total number of TCP connections closed", |s| some(&s.closed)),
+    ("tcp_received_bytes", "The size of total bytes received during request in case of a TCP connection", |s| {
+        some(&s.bytes_reported).map(|_| s.received.load(Relaxed))
+    }),
+    ("tcp_sent_bytes", "The size of total bytes sent during response in case of a TCP connection", |s| {
+        some(&s.bytes_reported).map(|_| s.sent.load(Relaxed))
+    }),
+    ("tcp_connections_failed", "The total number of TCP connections that failed to be established", |s| {
+        some(&s.failed)
+    }),
+];
+
+fn some(counter: &AtomicU64) -> Option<u64> {
+    Some(counter.load(Relaxed)).filter(|n| *n > 0)
+}
+
+impl Collector for Metrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        // Not under the lock: a slow reader of the page must not stop connections.
+        let series: Vec<(Labels, Arc<Series>)> =
+            self.lock().iter().map(|(labels, series)| (labels.clone(), Arc::clone(series))).collect();
+        for (name, help, value) in TCP {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (labels, series) in &series {
+                if let Some(value) = value(series) {
+                    ConstCounter::new(value).encode(metric.encode_family(labels)?)?;
+                }
+            }
+        }
+        let mut sockets = encoder.encode_descriptor(
+            "tcp_sockets_open",
+            "The current number of open TCP sockets",
+            None,
+            MetricType::Gauge,
+        )?;
+        for reporter in [Reporter::Source, Reporter::Destination] {
+            let open = self.0.sockets[reporter as usize].load(Relaxed);
+            ConstGauge::new(open).encode(sockets.encode_family(&[("reporter", reporter.as_str())])?)?;
+        }
+        Ok(())
+    }
+}
+
+/// How many tunnels are pooled.
+#[derive(Debug)]
+struct Tunnels(Metrics);
+
+impl Collector for Tunnels {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let gauge = ConstGauge::new(self.0.0.tunnels.load(Relaxed));
+        gauge.encode(encoder.encode_descriptor("tunnels", "Tunnels in the pools", None, MetricType::Gauge)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ends() -> Ends {
+        let workload = |name: &str| {
+            Arc::new(Workload { namespace: "shop".into(), workload_name: name.into(), ..Workload::default() })
+        };
+        Ends {
+            reporter: Reporter::Destination,
+            source: Some(workload("web")),
+            source_identity: "spiffe://cluster.local/ns/shop/sa/web".parse().ok(),
+            destination: Some(workload("db")),
+            destination_identity: None,
+            service: None,
+            mutual_tls: true,
+        }
+    }
+
+    fn page(metrics: &Metrics) -> String {
+        let mut registry = Registry::default();
+        metrics.register_upstream(registry.sub_registry_with_prefix("istio"));
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        text.lines().filter(|l| !l.starts_with('#')).map(|l| l.to_owned() + "\n").collect()
+    }
+
+    #[test]
+    fn series_have_upstreams_names_and_labels() {
+        let metrics = Metrics::default();
+        metrics.series(&ends(), Flag::Deny).failed();
+        let text = page(&metrics);
+        let expected = "istio_tcp_connections_failed_total{reporter=\"destination\",source_workload=\"web\",\
+            source_canonical_service=\"unknown\",source_canonical_revision=\"unknown\",\
+            source_workload_namespace=\"shop\",source_principal=\"spiffe://cluster.local/ns/shop/sa/web\",\
+            source_app=\"unknown\",source_version=\"unknown\",source_cluster=\"unknown\",\
+            destination_service=\"unknown\",destination_service_namespace=\"unknown\",\
+            destination_service_name=\"unknown\",destination_workload=\"db\",\
+            destination_canonical_service=\"unknown\",destination_canonical_revision=\"unknown\",\
+            destination_workload_namespace=\"shop\",destination_principal=\"unknown\",\
+            destination_app=\"unknown\",destination_version=\"unknown\",destination_cluster=\"unknown\",\
+            request_protocol=\"tcp\",response_flags=\"DENY\",connection_security_policy=\"mutual_tls\",\
+            source_region=\"unknown\",source_zone=\"unknown\",destination_region=\"unknown\",\
+            destination_zone=\"unknown\"} 1\n";
+        assert!(text.starts_with(expected), "{text}");
+        assert!(!text.contains("opened"), "what never happened has no series: {text}");
+    }
+
+    #[test]
+    fn series_of_workloads_that_are_gone_are_dropped_once_nothing_holds_them() {
+        let metrics = Metrics::default();
+        let held = metrics.series(&ends(), Flag::None);
+        held.opened();
+        metrics.prune(|_, workload| workload != "db");
+        assert!(page(&metrics).contains("opened_total"));
+        drop(held);
+        metrics.prune(|_, _| true);
+        assert!(page(&metrics).contains("opened_total"));
+        metrics.prune(|_, workload| workload != "db");
+        assert!(!page(&metrics).contains("opened_total"));
+    }
+
+    #[test]
+    fn open_sockets_are_counted_while_they_are_open() {
+        let metrics = Metrics::default();
+        let one = metrics.socket(Reporter::Source);
+        assert!(page(&metrics).contains("istio_tcp_sockets_open{reporter=\"source\"} 1"));
+        drop(one);
+        assert!(page(&metrics).contains("istio_tcp_sockets_open{reporter=\"source\"} 0"));
+    }
+}

@@ -1,0 +1,212 @@
+//! The proxy of one pod, as the control side holds it.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+use zspire_model::Reader;
+use zspire_sys::socket::{self, Listen};
+
+use crate::accept::accept;
+use crate::config::{Config, Listeners};
+use crate::connect::Sockets;
+use crate::flow::Table;
+use crate::metrics::Metrics;
+use crate::pod::{Pod, PodSpec};
+use crate::workers::Workers;
+use crate::{inbound, outbound, plaintext, socks5};
+
+/// Connections that wait to be accepted; the kernel may allow fewer.
+const BACKLOG: i32 = 4096;
+
+/// How long resets may take to be written when connections are cut; a peer that does not read is not waited for.
+const RESETS: Duration = Duration::from_millis(500);
+
+/// What all pods of the process share.
+#[derive(Debug)]
+pub struct Shared {
+    pub config: Config,
+    pub mesh: Reader,
+    pub metrics: Metrics,
+    pub connections: Table,
+    /// Changes whenever a connection that was allowed may be denied now.
+    pub authorization: watch::Receiver<u64>,
+    /// Asks for what the mesh does not show; none if it shows all that there is.
+    pub on_demand: Option<Arc<dyn OnDemand>>,
+}
+
+/// Asks discovery for single resources, where not all of them are followed.
+pub trait OnDemand: fmt::Debug + Send + Sync + 'static {
+    /// Completes when the mesh shows what the key leads to, or shows that it leads nowhere. The key is `network/address`
+    /// or `namespace/hostname`. An error means that nobody knows, however long it is waited for: bound the time.
+    fn get(&self, key: String) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
+}
+
+/// A running proxy of one pod. Dropping it cuts its connections.
+#[derive(Debug)]
+pub struct Proxy {
+    drain: CancellationToken,
+    workers: TaskTracker,
+    listeners: Listeners,
+    cut: DropGuard,
+}
+
+/// Why a proxy does not start.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address} ({what}){}", hint(.cause))]
+pub struct StartError {
+    /// The listener.
+    pub what: &'static str,
+    /// Where.
+    pub address: SocketAddr,
+    #[source]
+    cause: io::Error,
+}
+
+fn hint(cause: &io::Error) -> &'static str {
+    match cause.kind() {
+        io::ErrorKind::AddrInUse => ": another proxy serves this namespace already, or a program has taken the port",
+        io::ErrorKind::PermissionDenied => ": the process may not use the port or PACKET_MARK (CAP_NET_ADMIN)",
+        _ => "",
+    }
+}
+
+/// The listening sockets of one worker.
+struct Sockets4 {
+    outbound: std::net::TcpListener,
+    inbound: std::net::TcpListener,
+    plaintext: std::net::TcpListener,
+    socks5: Option<std::net::TcpListener>,
+}
+
+impl Proxy {
+    /// Serves a pod on every worker; it listens when this returns. Blocks for a few system calls.
+    pub fn start(workers: &Workers, shared: &Arc<Shared>, mut spec: PodSpec) -> Result<Self, StartError> {
+        let sockets = Sockets::new(&shared.config);
+        let mark = sockets.mark();
+        let mut sets = Vec::new();
+        for worker in 0..workers.count() {
+            let share = Share { mark, workers: workers.count(), first: worker == 0 };
+            let Listeners { outbound, inbound, plaintext, socks5 } = &mut spec.listeners;
+            sets.push(Sockets4 {
+                outbound: share.listen("outbound", outbound)?,
+                inbound: share.listen("inbound", inbound)?,
+                plaintext: share.listen("plaintext inbound", plaintext)?,
+                socks5: socks5.as_mut().map(|at| share.listen("SOCKS5", at)).transpose()?,
+            });
+        }
+        let (drain, cut, tracker) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
+        for (worker, set) in workers.iter().zip(sets) {
+            let (shared, spec, sockets) = (shared.clone(), spec.clone(), sockets.clone());
+            let (drain, cut, running) = (drain.clone(), cut.clone(), tracker.token());
+            worker.spawn(move || serve(Pod::new(shared, &spec, sockets, drain), set, cut, running));
+        }
+        tracker.close();
+        Ok(Self { drain, workers: tracker, listeners: spec.listeners, cut: cut.drop_guard() })
+    }
+
+    /// Where it listens, with the ports that the kernel chose.
+    pub fn listeners(&self) -> &Listeners {
+        &self.listeners
+    }
+
+    /// Takes no new connections: listeners are closed, peers are told not to open streams. Live connections go on.
+    pub fn drain(&self) {
+        self.drain.cancel();
+    }
+
+    /// Waits until a draining proxy has no connection left. Safe to cancel.
+    pub async fn drained(&self) {
+        self.workers.wait().await;
+    }
+
+    /// Cuts the connections that are left, at once; the future completes when their peers have been told.
+    pub fn cut(self) -> impl Future<Output = ()> {
+        let Self { workers, cut, .. } = self;
+        drop(cut);
+        async move { workers.wait().await }
+    }
+}
+
+/// How the listening sockets of the workers share a port.
+struct Share {
+    mark: Option<u32>,
+    workers: usize,
+    first: bool,
+}
+
+impl Share {
+    /// Listens, and notes the port that the kernel chose for the other workers.
+    fn listen(&self, what: &'static str, address: &mut SocketAddr) -> Result<std::net::TcpListener, StartError> {
+        let failed = |cause| StartError { what, address: *address, cause };
+        let listen = |reuse_port| {
+            socket::listen(&Listen {
+                address: *address,
+                mark: self.mark,
+                reuse_port,
+                transparent: false,
+                v6_only: false,
+                backlog: BACKLOG,
+            })
+        };
+        let shared = self.workers > 1;
+        if shared && self.first && address.port() != 0 {
+            // A port that is shared can be joined by anybody of this user: first see that nobody has it.
+            drop(listen(false).map_err(failed)?);
+        }
+        let listener = listen(shared).map_err(failed)?;
+        address.set_port(listener.local_addr().map_err(failed)?.port());
+        Ok(listener)
+    }
+}
+
+/// Serves a pod on this worker until it has drained or is cut.
+async fn serve(pod: Pod, sockets: Sockets4, cut: CancellationToken, _running: TaskTrackerToken) {
+    let listening = async {
+        let socks5 = async {
+            match sockets.socks5 {
+                Some(listener) => accept(listener, &pod, socks5::serve).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::join!(
+            accept(sockets.outbound, &pod, outbound::serve),
+            accept(sockets.inbound, &pod, inbound::serve),
+            accept(sockets.plaintext, &pod, plaintext::serve),
+            socks5,
+            pod.keep_watch(),
+        );
+    };
+    tokio::select! {
+        _ = listening => {}
+        () = pod.drain().cancelled() => {}
+        () = cut.cancelled() => {}
+    }
+    pod.tunnels().retire_all();
+    let ended = async {
+        tokio::select! {
+            () = pod.connections().finished() => {}
+            () = pod.keep_watch() => pod.connections().finished().await,
+        }
+    };
+    tokio::select! {
+        () = ended => {}
+        () = cut.cancelled() => cut_off(&pod).await,
+    }
+}
+
+/// Ends what is left. Both ends of a connection are told by a reset: a task that is merely dropped would close its sockets in good
+/// order, and an application would take what it has for all there is.
+async fn cut_off(pod: &Pod) {
+    pod.live().cut_all();
+    let _ = tokio::time::timeout(RESETS, pod.connections().finished()).await;
+    pod.connections().abort();
+    pod.connections().finished().await;
+}

@@ -1,0 +1,164 @@
+//! The redirection rules inside a pod's network namespace.
+//!
+//! They are what Istio's node agent programs there, as one `nft` table with a name of our own, so that both can be
+//! told apart and ours is replaced as a whole. When to apply them is the caller's matter.
+
+use std::net::IpAddr;
+
+pub use crate::program::Error;
+use crate::program::{IP, NFT};
+use crate::socket;
+
+/// Upstream compares and sets only these bits of a mark and leaves the others to the network plugin.
+const MASK: u32 = 0xfff;
+/// The mark of connections whose source address the proxy has kept: their replies must come back to it.
+const ORIGINAL_SOURCE: u32 = 0x111;
+/// The routing table of those replies.
+const TABLE: &str = "100";
+/// Its priority among the routing rules: before the main table, and the same as upstream's.
+const PRIORITY: &str = "32764";
+
+/// Which connections of a pod go through the proxy, and through which of its ports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Redirection {
+    /// The mark of the proxy's own packets, which are left alone.
+    pub mark: u32,
+    /// Where the pod's outbound connections go.
+    pub outbound: u16,
+    /// Where plaintext inbound connections go; none leaves them alone.
+    pub inbound: Option<u16>,
+    /// The port of inbound tunnels, which are left alone.
+    pub hbone: u16,
+    /// Where the pod's DNS queries go; none leaves them alone. The socket for UDP has to be bound to the loopback
+    /// address: one bound to any address answers from another than the query was sent to, and the answer is lost.
+    pub dns: Option<u16>,
+    /// Peers that are left alone in both directions, such as the address the node's health probes come from.
+    pub exempt_sources: Vec<IpAddr>,
+}
+
+impl Default for Redirection {
+    fn default() -> Self {
+        Self { mark: 0x539, outbound: 15001, inbound: Some(15006), hbone: 15008, dns: None, exempt_sources: Vec::new() }
+    }
+}
+
+impl Redirection {
+    /// The rules as a script for `nft`, which replaces the whole table in one transaction.
+    pub fn render(&self) -> String {
+        let mark = self.mark;
+        // A mark of more bits than upstream's is compared as a whole.
+        let mask = if mark & !MASK == 0 { MASK } else { u32::MAX };
+        let ours = format!("meta mark & {mask:#x} == {mark:#x}");
+        let keep = u32::MAX ^ MASK;
+        let nat = format!(
+            "  chain prerouting {{\n    type nat hook prerouting priority dstnat; policy accept;\n{}  }}\n\
+             \x20 chain output {{\n    type nat hook output priority -100; policy accept;\n{}  }}\n",
+            lines(&self.prerouting(&ours)),
+            lines(&self.output(&ours)),
+        );
+        let mangle = format!(
+            "  chain prerouting-mark {{\n    type filter hook prerouting priority mangle; policy accept;\n\
+             \x20   {ours} ct mark set ct mark & {keep:#x} | {ORIGINAL_SOURCE:#x}\n  }}\n\
+             \x20 chain output-mark {{\n    type route hook output priority mangle; policy accept;\n\
+             \x20   ct mark & {MASK:#x} == {ORIGINAL_SOURCE:#x} meta mark set ct mark\n  }}\n"
+        );
+        format!("{}table inet zspire {{\n{nat}{mangle}{}}}\n", remove_script(), self.dns_zones(&ours))
+    }
+
+    fn prerouting(&self, ours: &str) -> Vec<String> {
+        let Some(port) = self.inbound else { return Vec::new() };
+        let mut rules = vec![format!("{ours} accept")];
+        rules.extend(self.exempt_sources.iter().map(|ip| format!("{} saddr {ip} meta l4proto tcp accept", family(ip))));
+        rules.extend(LOOPBACK.map(|local| format!("{local} accept")));
+        rules.push(format!("tcp dport != {} redirect to :{port}", self.hbone));
+        rules
+    }
+
+    fn output(&self, ours: &str) -> Vec<String> {
+        let mut rules = vec![format!("{ours} accept")];
+        rules.extend(self.exempt_sources.iter().map(|ip| format!("{} daddr {ip} meta l4proto tcp accept", family(ip))));
+        if let Some(dns) = self.dns {
+            // A resolver on the pod's own loopback is the pod's own matter.
+            rules.push(format!("oifname != \"lo\" udp dport 53 redirect to :{dns}"));
+            rules.push(format!("ip daddr != 127.0.0.0/8 tcp dport 53 redirect to :{dns}"));
+            rules.push(format!("ip6 daddr != ::1 tcp dport 53 redirect to :{dns}"));
+        }
+        rules.push(format!("meta l4proto tcp meta mark & {MASK:#x} == {ORIGINAL_SOURCE:#x} accept"));
+        // What the pod says to itself, by whichever of its addresses.
+        rules.push("oifname \"lo\" accept".into());
+        rules.extend(LOOPBACK.map(|local| format!("{local} accept")));
+        rules.push(format!("meta l4proto tcp redirect to :{}", self.outbound));
+        rules
+    }
+
+    /// The proxy's own DNS queries are tracked apart from the pod's: both may have the same addresses and ports.
+    fn dns_zones(&self, ours: &str) -> String {
+        if self.dns.is_none() {
+            return String::new();
+        }
+        let theirs = ours.replace("==", "!=");
+        format!(
+            "  chain prerouting-zone {{\n    type filter hook prerouting priority raw; policy accept;\n\
+             \x20   {theirs} udp sport 53 ct zone set 1\n  }}\n\
+             \x20 chain output-zone {{\n    type filter hook output priority raw; policy accept;\n\
+             \x20   {ours} udp dport 53 ct zone set 1\n  }}\n"
+        )
+    }
+
+    /// Puts the rules, and the route for replies to kept source addresses, into the calling thread's network
+    /// namespace. What was there of ours before is replaced. Needs `CAP_NET_ADMIN`.
+    pub fn apply(&self) -> Result<(), Error> {
+        NFT.run(None, &["-f", "-"], &self.render())?;
+        for (family, everything) in families() {
+            IP.run(None, &[family, "route", "replace", "local", everything, "dev", "lo", "table", TABLE], "")?;
+            if !has_rule(family)? {
+                let mark = format!("{ORIGINAL_SOURCE:#x}/{MASK:#x}");
+                IP.run(None, &[family, "rule", "add", "fwmark", &mark, "pref", PRIORITY, "lookup", TABLE], "")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes out of the calling thread's network namespace what [`apply`](Self::apply) has put there, if anything.
+    pub fn remove() -> Result<(), Error> {
+        NFT.run(None, &["-f", "-"], &remove_script())?;
+        for (family, everything) in families() {
+            // The rule is added last, so without it there is nothing, or a route that nothing looks up.
+            if has_rule(family)? {
+                IP.run(None, &[family, "rule", "del", "pref", PRIORITY], "")?;
+                IP.run(None, &[family, "route", "del", "local", everything, "dev", "lo", "table", TABLE], "")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Matches what is addressed to the pod's own loopback.
+const LOOPBACK: [&str; 2] = ["ip daddr 127.0.0.0/8", "ip6 daddr ::1"];
+
+/// Naming the table first makes its deletion succeed whether or not it was there.
+fn remove_script() -> String {
+    "table inet zspire\ndelete table inet zspire\n".into()
+}
+
+fn lines(rules: &[String]) -> String {
+    rules.iter().map(|rule| format!("    {rule}\n")).collect()
+}
+
+fn family(address: &IpAddr) -> &'static str {
+    if address.is_ipv4() { "ip" } else { "ip6" }
+}
+
+/// The address families of this namespace, each as `ip` names it, with its default prefix.
+fn families() -> Vec<(&'static str, &'static str)> {
+    let mut families = vec![("-4", "0.0.0.0/0")];
+    if socket::ipv6_available() {
+        families.push(("-6", "::/0"));
+    }
+    families
+}
+
+fn has_rule(family: &str) -> Result<bool, Error> {
+    let rules = IP.run(None, &[family, "rule", "show", "pref", PRIORITY], "")?;
+    Ok(rules.contains(&format!("lookup {TABLE}")))
+}

@@ -1,0 +1,165 @@
+//! Options of TCP sockets that the standard library has no face for, and sockets made with them.
+//!
+//! Everything here acts on the network namespace of the calling thread; it does not know which one that is
+//! (see [`crate::netns`]). Nothing here blocks: sockets come back non-blocking and unconnected.
+
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
+
+/// Sets the mark (`SO_MARK`) of every packet this socket sends. Needs `CAP_NET_ADMIN` or `CAP_NET_RAW`.
+pub fn set_mark(fd: impl AsFd, mark: u32) -> io::Result<()> {
+    SockRef::from(&fd).set_mark(mark)
+}
+
+/// Where the peer of an accepted connection wanted to go before a redirection rule sent it here.
+///
+/// Answers what the kernel's connection tracking says. A connection that no rule has touched gives its own local
+/// address, or an error (`ENOENT`) when it is not tracked at all. IPv4-mapped addresses come back as IPv4.
+pub fn original_destination(fd: impl AsFd) -> io::Result<SocketAddr> {
+    let socket = SockRef::from(&fd);
+    let local = address(&socket.local_addr()?)?;
+    // A dual-stack listener gives IPv6 sockets for IPv4 connections, which are tracked as IPv4.
+    let answer = if canonical(local).is_ipv4() { socket.original_dst_v4()? } else { socket.original_dst_v6()? };
+    address(&answer).map(canonical)
+}
+
+/// Lets the socket use addresses that are not this host's own (`IP_TRANSPARENT`). Needs `CAP_NET_ADMIN` or
+/// `CAP_NET_RAW`.
+pub fn set_transparent(fd: impl AsFd, v6: bool) -> io::Result<()> {
+    let socket = SockRef::from(&fd);
+    if v6 { socket.set_ip_transparent_v6(true) } else { socket.set_ip_transparent_v4(true) }
+}
+
+/// Lets the socket be bound to an address that no interface has yet (`IP_FREEBIND`).
+pub fn set_freebind(fd: impl AsFd, v6: bool) -> io::Result<()> {
+    let socket = SockRef::from(&fd);
+    if v6 { socket.set_freebind_v6(true) } else { socket.set_freebind_v4(true) }
+}
+
+/// Defers the choice of a port from `bind` to `connect` (`IP_BIND_ADDRESS_NO_PORT`), where the whole four-tuple
+/// is known: otherwise each bound source address has only as many connections as there are ephemeral ports.
+pub fn set_bind_address_no_port(fd: impl AsFd) -> io::Result<()> {
+    // The option lives at level IP for sockets of both families.
+    Ok(setsockopt(&fd, sockopt::IpBindAddressNoPort, &true)?)
+}
+
+/// Has the kernel probe an idle peer: after `time` of silence, every `interval`, and drop it after `retries`.
+pub fn set_keepalive(fd: impl AsFd, time: Duration, interval: Duration, retries: u32) -> io::Result<()> {
+    let keepalive = TcpKeepalive::new().with_time(time).with_interval(interval).with_retries(retries);
+    SockRef::from(&fd).set_tcp_keepalive(&keepalive)
+}
+
+/// Drops the connection when sent data stays unacknowledged for `timeout` (`TCP_USER_TIMEOUT`); zero is the
+/// kernel's own limit.
+pub fn set_user_timeout(fd: impl AsFd, timeout: Duration) -> io::Result<()> {
+    SockRef::from(&fd).set_tcp_user_timeout(Some(timeout))
+}
+
+/// What a listening socket should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listen {
+    /// The address to listen on. Port 0 lets the kernel choose.
+    pub address: SocketAddr,
+    /// The mark of the packets of accepted connections.
+    pub mark: Option<u32>,
+    /// Whether several sockets may listen on the same address, as two generations do while one replaces the other.
+    pub reuse_port: bool,
+    /// Whether connections to addresses that are not this host's own may be accepted.
+    pub transparent: bool,
+    /// Whether an IPv6 socket refuses IPv4 connections. Ignored for an IPv4 address.
+    pub v6_only: bool,
+    /// How many connections may wait to be accepted.
+    pub backlog: i32,
+}
+
+/// Opens a listening socket: non-blocking, closed on exec, `SO_REUSEADDR`.
+pub fn listen(options: &Listen) -> io::Result<TcpListener> {
+    let v6 = options.address.is_ipv6();
+    let socket = tcp(options.address)?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(options.reuse_port)?;
+    if let Some(mark) = options.mark {
+        set_mark(&socket, mark)?;
+    }
+    if options.transparent {
+        set_transparent(&socket, v6)?;
+    }
+    if v6 {
+        socket.set_only_v6(options.v6_only)?;
+    }
+    socket.bind(&options.address.into())?;
+    socket.listen(options.backlog)?;
+    Ok(socket.into())
+}
+
+/// What a socket that will connect should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Connect {
+    /// The address to connect from; the kernel chooses when there is none.
+    pub source: Option<IpAddr>,
+    /// The mark of the packets of the connection.
+    pub mark: Option<u32>,
+    /// Whether `source` may be an address that is not this host's own.
+    pub transparent: bool,
+}
+
+/// Makes a non-blocking socket that the caller connects to `to`.
+pub fn stream(to: SocketAddr, options: &Connect) -> io::Result<Socket> {
+    let socket = tcp(to)?;
+    if let Some(mark) = options.mark {
+        set_mark(&socket, mark)?;
+    }
+    if let Some(source) = options.source {
+        bind_source(&socket, source, to, options.transparent)?;
+    }
+    Ok(socket)
+}
+
+fn bind_source(socket: &Socket, source: IpAddr, to: SocketAddr, transparent: bool) -> io::Result<()> {
+    if source.is_ipv6() != to.is_ipv6() {
+        let message = format!("cannot connect to {to} from {source}: they are not of the same address family");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
+    if transparent {
+        set_transparent(socket, source.is_ipv6())?;
+        set_freebind(socket, source.is_ipv6())?;
+    }
+    set_bind_address_no_port(socket)?;
+    socket.bind(&SocketAddr::new(source, 0).into())
+}
+
+/// Whether this process may mark packets.
+pub fn can_mark() -> bool {
+    scratch().and_then(|socket| set_mark(socket, 1)).is_ok()
+}
+
+/// Whether this process may use addresses that are not this host's own.
+pub fn can_be_transparent() -> bool {
+    scratch().and_then(|socket| set_transparent(socket, false)).is_ok()
+}
+
+/// Whether the network namespace of the calling thread has a usable IPv6 loopback.
+pub fn ipv6_available() -> bool {
+    TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok()
+}
+
+fn tcp(address: SocketAddr) -> io::Result<Socket> {
+    Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))
+}
+
+fn scratch() -> io::Result<Socket> {
+    Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+fn address(address: &SockAddr) -> io::Result<SocketAddr> {
+    address.as_socket().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not an internet socket"))
+}

@@ -1,0 +1,29 @@
+//! What the tests of the whole system are written in: meshes of namespaces with real processes, and peers that misbehave.
+//!
+//! Owns nothing that ships. A scenario reads as prose:
+//! `mesh().node("a").pod("client").node("b").pod("server").policy(deny_from("client")).start()`. Start reading at [`plan`] for
+//! what can be asked for, at [`mesh`] and [`pod`] for what runs then, at [`app`] for the applications in pods. Everything ends
+//! with the test: namespaces are held by descriptor, processes die with the thread that started them.
+//!
+//! Helpers fail by panicking where a test would only unwrap.
+
+#![forbid(unsafe_code)]
+
+pub mod app;
+pub mod capture;
+pub mod mesh;
+pub mod peer;
+pub mod plan;
+pub mod pod;
+pub mod policy;
+pub mod process;
+pub mod scenario;
+pub mod wait;
+
+pub use app::{Ending, Listener, ending, hear, say};
+pub use mesh::Mesh;
+pub use peer::Peer;
+pub use plan::{captured, mesh, uncaptured};
+pub use pod::Pod;
+pub use scenario::scenario;
+pub use wait::{DEADLINE, until};

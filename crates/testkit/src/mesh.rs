@@ -1,0 +1,279 @@
+//! A mesh that runs: namespaces, a control plane if there is one, a proxy for each captured pod, and the mesh file.
+//!
+//! What a proxy's surroundings are is here ([`World`]); what can be done with a pod is in [`crate::pod`].
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use zspire_sys::netns::Netns;
+use zspire_sys::nft::Redirection;
+use zspire_sys::process::in_netns;
+use zspire_sys::topology::{self, Topology};
+
+use crate::capture::Recording;
+use crate::plan::{Plan, PodPlan, SERVICE_PORT, Source};
+use crate::pod::Pod;
+use crate::process::Process;
+use crate::wait::until;
+
+/// Names the program to test, in place of the one beside the tests.
+const PROGRAM: &str = "ZSPIRE_TEST_PROGRAM";
+/// Where the control plane listens, on the uplink.
+const CONTROL_PLANE_PORT: u16 = 15012;
+/// How much of each log is shown when a test fails.
+const SHOWN: usize = 6000;
+
+/// What all processes of one test share.
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) program: PathBuf,
+    pub(crate) source: Source,
+    pub(crate) control_plane: SocketAddr,
+}
+
+/// A mesh that runs. When the test fails, its logs are shown.
+#[derive(Debug)]
+pub struct Mesh {
+    // First: processes end before what they run in.
+    control_plane: Mutex<Option<Process>>,
+    pods: Vec<Pod>,
+    plan: Mutex<Plan>,
+    world: Arc<World>,
+    nodes: Vec<topology::Node>,
+    topology: Topology,
+}
+
+impl Mesh {
+    #[track_caller]
+    pub(crate) fn start(plan: Plan) -> Self {
+        let mut topology = Topology::new().expect("a network");
+        let world = Arc::new(World::new(plan.source, topology.uplink_address()));
+        let mut nodes: Vec<_> = plan.nodes.iter().map(|name| topology.node(name).expect("a node")).collect();
+        let mut counts = vec![0; nodes.len()];
+        let mut pods = Vec::new();
+        for pod in &plan.pods {
+            counts[pod.node] += 1;
+            pods.push(Pod::new(
+                pod.clone(),
+                place(&mut nodes[pod.node], pod, counts[pod.node]),
+                &plan.nodes[pod.node],
+                &world,
+            ));
+        }
+        let control_plane_runs = plan.control_plane_runs;
+        let mesh = Self { control_plane: Mutex::new(None), pods, plan: Mutex::new(plan), world, nodes, topology };
+        mesh.edit(|_| {});
+        if mesh.world.source == Source::ControlPlane {
+            mesh.start_control_plane();
+            mesh.issue_tokens();
+            if !control_plane_runs {
+                mesh.stop_control_plane();
+            }
+        }
+        mesh.start_proxies(control_plane_runs);
+        mesh
+    }
+
+    fn start_proxies(&self, ready: bool) {
+        let started = || self.pods.iter().filter(|pod| pod.plan().captured && pod.plan().started);
+        started().for_each(Pod::start);
+        if ready {
+            started().for_each(Pod::wait_until_ready);
+        }
+    }
+
+    /// The pod with a name.
+    #[track_caller]
+    pub fn pod(&self, name: &str) -> Pod {
+        self.pods.iter().find(|pod| pod.name() == name).unwrap_or_else(|| panic!("the mesh has no pod {name}")).clone()
+    }
+
+    /// The address of a service.
+    #[track_caller]
+    pub fn service(&self, name: &str) -> SocketAddr {
+        let plan = lock(&self.plan);
+        let service = plan.services.iter().find(|service| service.name == name);
+        (service.unwrap_or_else(|| panic!("the mesh has no service {name}")).vip, SERVICE_PORT).into()
+    }
+
+    /// Changes what the mesh consists of: the file is replaced as a whole, as an operator's tools do it.
+    pub fn edit(&self, change: impl FnOnce(&mut Plan)) {
+        let mut plan = lock(&self.plan);
+        change(&mut plan);
+        let addresses: Vec<_> = self.pods.iter().map(Pod::addresses).collect();
+        self.write_file(&plan.file(&addresses));
+    }
+
+    /// Replaces the mesh file by any text.
+    pub fn write_file(&self, text: &str) {
+        let new = self.path("mesh.new");
+        fs::write(&new, text).and_then(|()| fs::rename(&new, self.path("mesh.json"))).expect("the test's own folder");
+    }
+
+    /// The text of the mesh file.
+    pub fn file(&self) -> String {
+        fs::read_to_string(self.path("mesh.json")).expect("the test's own folder")
+    }
+
+    /// A file of this test.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.world.folder.path().join(name)
+    }
+
+    /// Records the packets between the first node and the second.
+    #[track_caller]
+    pub fn record(&self) -> Recording {
+        Recording::start(&self.nodes[0].netns, Topology::link())
+    }
+
+    /// Starts a program of this test in a namespace; it ends with the value.
+    #[track_caller]
+    pub fn process(&self, name: &str, netns: &Netns, mut command: Command) -> Process {
+        self.world.surroundings(&mut command);
+        Process::start(name, self.world.folder.path(), in_netns(netns, command))
+    }
+
+    /// Starts a command that is ready to be started.
+    #[track_caller]
+    pub fn process_of(&self, name: &str, command: Command) -> Process {
+        Process::start(name, self.world.folder.path(), command)
+    }
+
+    /// Starts the control plane, also again; returns when it answers.
+    pub fn start_control_plane(&self) {
+        let process = Process::start("control-plane", self.world.folder.path(), self.control_plane_command(&[]));
+        *lock(&self.control_plane) = Some(process);
+        until("the control plane to listen", || {
+            self.topology.uplink().run(|| std::net::TcpStream::connect(self.world.control_plane))?.map(drop)
+        });
+    }
+
+    /// Ends the control plane as a crash would.
+    pub fn stop_control_plane(&self) {
+        drop(lock(&self.control_plane).take());
+    }
+
+    fn control_plane_command(&self, arguments: &[&str]) -> Command {
+        let address = self.world.control_plane;
+        let mut command = self.world.zspire(&[&["control-plane"], arguments].concat());
+        command
+            .env("ZSPIRE_CP_ADDRESS", address.to_string())
+            .env("ZSPIRE_CP_HOSTNAMES", address.ip().to_string())
+            .env("ZSPIRE_CP_ADMIN", "127.0.0.1:0")
+            .env("ZSPIRE_CP_MESH", self.path("mesh.json"))
+            .env("ZSPIRE_CP_STATE", self.path("control-plane"));
+        in_netns(self.topology.uplink(), command)
+    }
+
+    fn issue_tokens(&self) {
+        let nodes = lock(&self.plan).nodes.clone();
+        for pod in self.pods.iter().filter(|pod| pod.plan().captured) {
+            let node = &nodes[pod.plan().node];
+            let token = until("a join token", || {
+                let output =
+                    self.control_plane_command(&["token", "--node", node]).output().map_err(|e| e.to_string())?;
+                let said = String::from_utf8_lossy(&output.stderr).into_owned();
+                if output.status.success() { Ok(output.stdout) } else { Err(said) }
+            });
+            fs::write(self.path(&format!("{}.token", pod.name())), token).expect("the test's own folder");
+        }
+    }
+}
+
+/// Makes the pod's namespace, with redirection if it is captured.
+fn place(node: &mut topology::Node, plan: &PodPlan, number: u8) -> topology::Pod {
+    let address = node.pod_address(number);
+    let pod = match plan.dual_stack {
+        true => node.dual_stack_pod(&plan.name, address),
+        false => node.pod(&plan.name, address),
+    };
+    let pod = pod.expect("a pod");
+    if plan.captured {
+        let applied = pod.netns.run(|| Redirection::default().apply());
+        applied.expect("the namespace can be entered").expect("a pod's connections can be redirected");
+    }
+    pod
+}
+
+impl World {
+    fn new(source: Source, uplink: Ipv4Addr) -> Self {
+        let folder = tempfile::Builder::new().prefix("zspire-test-").tempdir().expect("a folder for temporary files");
+        let run = folder.path().join("run");
+        fs::create_dir(&run).expect("the test's own folder");
+        fs::set_permissions(&run, fs::Permissions::from_mode(0o700)).expect("the test's own folder");
+        let control_plane = (IpAddr::from(uplink), CONTROL_PLANE_PORT).into();
+        Self { folder, program: program(), source, control_plane }
+    }
+
+    /// A command of the program under test, with nothing of this process's environment.
+    pub(crate) fn zspire(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(arguments);
+        self.surroundings(&mut command);
+        command
+    }
+
+    /// What every process finds.
+    pub(crate) fn surroundings(&self, command: &mut Command) {
+        command
+            .env_clear()
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("XDG_RUNTIME_DIR", self.folder.path().join("run"))
+            .current_dir(self.folder.path());
+    }
+}
+
+/// The program under test: beside this test binary, and not older than its sources.
+fn program() -> PathBuf {
+    if let Some(given) = std::env::var_os(PROGRAM) {
+        return given.into();
+    }
+    let test = std::env::current_exe().expect("a test has a file");
+    let profile = test.parent().and_then(Path::parent).expect("tests are in target/<profile>/deps");
+    let program = profile.join("zspire");
+    let built = fs::metadata(&program).and_then(|meta| meta.modified());
+    let built = built.unwrap_or_else(|_| panic!("{} is missing: run `cargo build -p zspire`", program.display()));
+    // Written by cargo: `program: source source …`, with blanks in names escaped.
+    let sources = fs::read_to_string(program.with_extension("d")).unwrap_or_default();
+    for source in sources.replace("\\ ", "\u{0}").split_whitespace().skip(1) {
+        let changed = fs::metadata(source.replace('\u{0}', " ")).and_then(|meta| meta.modified());
+        assert!(
+            changed.is_ok_and(|changed| changed <= built),
+            "{} is older than {source}: run `cargo build -p zspire`",
+            program.display()
+        );
+    }
+    program
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            show_logs(self.world.folder.path());
+        }
+    }
+}
+
+/// Prints the last part of each log, for the report of a failed test.
+fn show_logs(folder: &Path) {
+    use std::io::Write as _;
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut logs: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|it| it == "log")).collect();
+    logs.sort();
+    for path in logs {
+        let text = fs::read(&path).unwrap_or_default();
+        let tail = String::from_utf8_lossy(&text[text.len().saturating_sub(SHOWN)..]).into_owned();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let _ = writeln!(std::io::stderr(), "---- {name}\n{tail}");
+    }
+}
+
+/// A test that panicked elsewhere is no reason to hide its logs.
+pub(crate) fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}

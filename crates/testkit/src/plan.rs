@@ -1,0 +1,296 @@
+//! What a scenario asks for: nodes, pods, services, policies, and the mesh file that says so.
+//!
+//! Knows no process and no namespace; [`Plan::start`] hands over to [`crate::mesh`].
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+
+use serde_json::{Value, json};
+
+use crate::mesh::Mesh;
+use crate::policy::Policy;
+
+/// The namespace of everything in a mesh.
+pub const NAMESPACE: &str = "test";
+/// The port of every service; its endpoints serve at [`APPLICATION_PORT`].
+pub const SERVICE_PORT: u16 = 80;
+/// Where applications listen unless a test says otherwise.
+pub const APPLICATION_PORT: u16 = 8080;
+
+/// Where proxies have certificates and the mesh from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// A development CA in each proxy, and the mesh as a file: the least that works.
+    Files,
+    /// A control plane, which each proxy joins with a token of its own.
+    ControlPlane,
+}
+
+/// What a scenario asks for.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub(crate) nodes: Vec<String>,
+    pub(crate) pods: Vec<PodPlan>,
+    pub(crate) services: Vec<ServicePlan>,
+    pub(crate) policies: Vec<Policy>,
+    pub(crate) source: Source,
+    pub(crate) control_plane_runs: bool,
+}
+
+/// A pod that is asked for. Its service account has its name.
+#[derive(Debug, Clone)]
+pub struct PodPlan {
+    pub(crate) name: String,
+    pub(crate) node: usize,
+    pub(crate) captured: bool,
+    pub(crate) dual_stack: bool,
+    pub(crate) started: bool,
+    pub(crate) listed: bool,
+    pub(crate) trust_domain: String,
+    pub(crate) environment: BTreeMap<String, String>,
+    pub(crate) descriptors: Option<u32>,
+    pub(crate) tunnel_port: Option<u16>,
+}
+
+/// A service that is asked for.
+#[derive(Debug, Clone)]
+pub struct ServicePlan {
+    pub(crate) name: String,
+    pub(crate) vip: Ipv4Addr,
+    pub(crate) endpoints: Vec<String>,
+    pub(crate) waypoint: Option<String>,
+}
+
+/// An empty mesh.
+pub fn mesh() -> Plan {
+    Plan {
+        nodes: Vec::new(),
+        pods: Vec::new(),
+        services: Vec::new(),
+        policies: Vec::new(),
+        source: Source::Files,
+        control_plane_runs: true,
+    }
+}
+
+/// A pod with a proxy, which takes all its connections.
+pub fn captured(name: &str) -> PodPlan {
+    PodPlan {
+        name: name.into(),
+        node: 0,
+        captured: true,
+        dual_stack: false,
+        started: true,
+        listed: true,
+        trust_domain: "cluster.local".into(),
+        environment: BTreeMap::new(),
+        descriptors: None,
+        tunnel_port: None,
+    }
+}
+
+/// A pod without a proxy, which the mesh knows as one that has none.
+pub fn uncaptured(name: &str) -> PodPlan {
+    PodPlan { captured: false, ..captured(name) }
+}
+
+impl From<&str> for PodPlan {
+    fn from(name: &str) -> Self {
+        captured(name)
+    }
+}
+
+impl PodPlan {
+    /// Has an IPv6 address as well.
+    #[must_use]
+    pub fn dual_stack(self) -> Self {
+        Self { dual_stack: true, ..self }
+    }
+
+    /// Its proxy is started by the test.
+    #[must_use]
+    pub fn not_started(self) -> Self {
+        Self { started: false, ..self }
+    }
+
+    /// Belongs to another trust domain.
+    #[must_use]
+    pub fn of_trust_domain(mut self, name: &str) -> Self {
+        self.trust_domain = name.into();
+        self.with("TRUST_DOMAIN", name)
+    }
+
+    /// A variable of its proxy.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: &str) -> Self {
+        self.environment.insert(name.into(), value.into());
+        self
+    }
+
+    /// Its proxy may have no more open files than that.
+    #[must_use]
+    pub fn descriptors(self, limit: u32) -> Self {
+        Self { descriptors: Some(limit), ..self }
+    }
+
+    /// Its application takes tunnels' connections itself, at this port: by the PROXY protocol.
+    #[must_use]
+    pub fn taking_tunnels(self, port: u16) -> Self {
+        Self { tunnel_port: Some(port), ..self }
+    }
+
+    /// The identity that its proxy has.
+    pub(crate) fn spiffe_id(&self) -> String {
+        format!("spiffe://{}/ns/{NAMESPACE}/sa/{}", self.trust_domain, self.name)
+    }
+
+    fn entry(&self, node: &str, addresses: &[IpAddr], services: &Value) -> Value {
+        let mut entry = json!({
+            "uid": format!("Kubernetes//Pod/{NAMESPACE}/{}", self.name),
+            "name": self.name,
+            "namespace": NAMESPACE,
+            "serviceAccount": self.name,
+            "trustDomain": self.trust_domain,
+            "workloadName": self.name,
+            "canonicalName": self.name,
+            "clusterId": "Kubernetes",
+            "node": node,
+            "protocol": if self.captured { "HBONE" } else { "TCP" },
+            "workloadIps": addresses,
+            "services": services,
+        });
+        if let Some(port) = self.tunnel_port {
+            entry["applicationTunnel"] = json!({ "protocol": "PROXY", "port": port });
+        }
+        entry
+    }
+}
+
+impl ServicePlan {
+    fn hostname(&self) -> String {
+        format!("{}.{NAMESPACE}.svc.cluster.local", self.name)
+    }
+
+    fn entry(&self, address: impl Fn(&str) -> IpAddr) -> Value {
+        let mut entry = json!({
+            "name": self.name,
+            "namespace": NAMESPACE,
+            "hostname": self.hostname(),
+            "vips": [format!("/{}", self.vip)],
+            "ports": { SERVICE_PORT.to_string(): APPLICATION_PORT },
+        });
+        if let Some(waypoint) = &self.waypoint {
+            entry["waypoint"] = json!({ "destination": format!("/{}", address(waypoint)), "hboneMtlsPort": 15008 });
+        }
+        entry
+    }
+}
+
+impl Plan {
+    /// Adds a node; the pods that follow are on it.
+    #[must_use]
+    pub fn node(mut self, name: &str) -> Self {
+        self.nodes.push(name.into());
+        self
+    }
+
+    /// Adds a pod to the last node: a name alone is one with a proxy.
+    #[must_use]
+    pub fn pod(mut self, pod: impl Into<PodPlan>) -> Self {
+        let node = self.nodes.len().checked_sub(1).expect("a pod comes after the node that it is on");
+        self.pods.push(PodPlan { node, ..pod.into() });
+        self
+    }
+
+    /// Adds a service; its endpoints are pods.
+    #[must_use]
+    pub fn service(mut self, name: &str, endpoints: &[&str]) -> Self {
+        let number = u8::try_from(self.services.len() + 1).expect("few services");
+        let endpoints = endpoints.iter().map(|&pod| pod.to_owned()).collect();
+        self.services.push(ServicePlan {
+            name: name.into(),
+            vip: Ipv4Addr::new(10, 96, 0, number),
+            endpoints,
+            waypoint: None,
+        });
+        self
+    }
+
+    /// The last service is behind a waypoint, a pod.
+    #[must_use]
+    pub fn behind(mut self, waypoint: &str) -> Self {
+        self.services.last_mut().expect("a waypoint comes after its service").waypoint = Some(waypoint.into());
+        self
+    }
+
+    /// Adds a policy.
+    #[must_use]
+    pub fn policy(mut self, policy: Policy) -> Self {
+        self.policies.push(policy);
+        self
+    }
+
+    /// Makes a pod an endpoint of a service.
+    #[track_caller]
+    pub fn give_endpoint(&mut self, service: &str, pod: &str) {
+        let service = self.services.iter_mut().find(|it| it.name == service).expect("a service of the mesh");
+        service.endpoints.push(pod.into());
+    }
+
+    /// Adds a policy to a mesh that runs.
+    pub fn add_policy(&mut self, policy: Policy) {
+        self.policies.push(policy);
+    }
+
+    /// Takes a pod out of the mesh file; it goes on running.
+    #[track_caller]
+    pub fn forget(&mut self, pod: &str) {
+        self.pods.iter_mut().find(|it| it.name == pod).expect("a pod of the mesh").listed = false;
+    }
+
+    /// Takes all policies away.
+    pub fn remove_policies(&mut self) {
+        self.policies.clear();
+    }
+
+    /// Certificates and discovery come from a control plane.
+    #[must_use]
+    pub fn control_plane(self) -> Self {
+        Self { source: Source::ControlPlane, ..self }
+    }
+
+    /// The same, and the test starts it. The proxies do not wait to be ready.
+    #[must_use]
+    pub fn control_plane_down(self) -> Self {
+        Self { control_plane_runs: false, ..self.control_plane() }
+    }
+
+    /// Builds the network and starts what was asked for; returns when all of it is ready.
+    #[track_caller]
+    pub fn start(self) -> Mesh {
+        Mesh::start(self)
+    }
+
+    /// The mesh file. `addresses` are the pods', in their order.
+    pub(crate) fn file(&self, addresses: &[Vec<IpAddr>]) -> String {
+        let pods = self.pods.iter().zip(addresses).filter(|(pod, _)| pod.listed);
+        let workloads: Vec<Value> =
+            pods.map(|(pod, ips)| pod.entry(&self.nodes[pod.node], ips, &self.memberships(&pod.name))).collect();
+        let address = |name: &str| {
+            let found = self.pods.iter().position(|pod| pod.name == name);
+            addresses[found.expect("a waypoint is a pod of the mesh")][0]
+        };
+        let services: Vec<Value> = self.services.iter().map(|service| service.entry(address)).collect();
+        let policies: Vec<Value> = self.policies.iter().map(Policy::entry).collect();
+        format!("{:#}\n", json!({ "workloads": workloads, "services": services, "policies": policies }))
+    }
+
+    fn memberships(&self, pod: &str) -> Value {
+        let of = self.services.iter().filter(|service| service.endpoints.iter().any(|name| name == pod));
+        of.map(|service| {
+            (format!("{NAMESPACE}/{}", service.hostname()), json!({ SERVICE_PORT.to_string(): APPLICATION_PORT }))
+        })
+        .collect::<serde_json::Map<_, _>>()
+        .into()
+    }
+}

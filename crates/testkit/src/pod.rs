@@ -1,0 +1,316 @@
+//! A pod of a running mesh: its applications, its proxy, and what that proxy tells.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::{Command, ExitStatus, Output};
+use std::sync::{Arc, Mutex};
+
+use serde_json::Value;
+use zspire_sys::netns::Netns;
+use zspire_sys::nft::Redirection;
+use zspire_sys::process::in_netns;
+use zspire_sys::topology;
+
+use crate::app::{self, Greeter, Greeting, Listener};
+use crate::mesh::{World, lock};
+use crate::plan::{APPLICATION_PORT, NAMESPACE, PodPlan, Source};
+use crate::process::Process;
+use crate::wait::until;
+
+/// Where a proxy shows itself on loopback.
+const ADMIN: u16 = 15000;
+const STATS: u16 = 15020;
+const READINESS: u16 = 15021;
+
+/// A pod. Clones are the same pod.
+#[derive(Debug, Clone)]
+pub struct Pod(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    plan: PodPlan,
+    node: String,
+    place: topology::Pod,
+    world: Arc<World>,
+    proxy: Mutex<Option<Process>>,
+}
+
+impl Pod {
+    pub(crate) fn new(plan: PodPlan, place: topology::Pod, node: &str, world: &Arc<World>) -> Self {
+        Self(Arc::new(Inner { plan, node: node.into(), place, world: world.clone(), proxy: Mutex::new(None) }))
+    }
+
+    pub(crate) fn plan(&self) -> &PodPlan {
+        &self.0.plan
+    }
+
+    /// Its name, and its service account's.
+    pub fn name(&self) -> &str {
+        &self.0.plan.name
+    }
+
+    /// Its identity.
+    pub fn spiffe_id(&self) -> String {
+        self.0.plan.spiffe_id()
+    }
+
+    /// Its IPv4 address.
+    pub fn address(&self) -> IpAddr {
+        self.0.place.address.into()
+    }
+
+    /// Its IPv6 address.
+    #[track_caller]
+    pub fn v6(&self) -> IpAddr {
+        self.0.place.v6.expect("the pod was asked to be dual stack").into()
+    }
+
+    pub(crate) fn addresses(&self) -> Vec<IpAddr> {
+        std::iter::once(self.address()).chain(self.0.place.v6.map(IpAddr::from)).collect()
+    }
+
+    /// Its application.
+    pub fn app(&self) -> SocketAddr {
+        self.at(APPLICATION_PORT)
+    }
+
+    /// A port of it.
+    pub fn at(&self, port: u16) -> SocketAddr {
+        (self.address(), port).into()
+    }
+
+    /// Its namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.0.place.netns
+    }
+
+    /// Does something in the pod.
+    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        self.netns().run(f).expect("the namespace can be entered")
+    }
+
+    /// A command in the pod, with nothing of this process's environment.
+    pub fn command(&self, program: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        command.args(arguments);
+        self.0.world.surroundings(&mut command);
+        in_netns(self.netns(), command)
+    }
+
+    /// What a command of ours in the pod prints.
+    pub fn zspire(&self, arguments: &[&str]) -> Output {
+        in_netns(self.netns(), self.0.world.zspire(arguments)).output().expect("the program under test can be started")
+    }
+
+    // Applications.
+
+    /// Listens at the application's port.
+    pub fn listen(&self) -> Listener {
+        self.listen_at(APPLICATION_PORT)
+    }
+
+    /// Listens at a port.
+    pub fn listen_at(&self, port: u16) -> Listener {
+        Listener::new(self.netns(), port)
+    }
+
+    /// Starts a server at the application's port that greets its clients.
+    pub fn greet(&self) -> Greeter {
+        self.greet_at(APPLICATION_PORT)
+    }
+
+    /// The same at another port.
+    pub fn greet_at(&self, port: u16) -> Greeter {
+        Greeter::start(self.netns(), self.name(), port)
+    }
+
+    /// Opens a connection.
+    pub fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        app::connect(self.netns(), to)
+    }
+
+    /// Opens a connection; one that is captured is open as soon as the proxy has it.
+    #[track_caller]
+    pub fn open(&self, to: SocketAddr) -> TcpStream {
+        self.connect(to).unwrap_or_else(|error| panic!("{} cannot connect to {to}: {error}", self.name()))
+    }
+
+    /// Opens a connection and waits to be greeted.
+    pub fn ask(&self, to: SocketAddr) -> io::Result<Greeting> {
+        app::greeting(&self.connect(to)?)
+    }
+
+    /// Is greeted, at the first attempt.
+    #[track_caller]
+    pub fn reaches(&self, to: SocketAddr) -> Greeting {
+        self.ask(to).unwrap_or_else(|error| panic!("{} does not reach {to}: {error}", self.name()))
+    }
+
+    /// Is not greeted, by a connection that ends rather than hangs.
+    #[track_caller]
+    pub fn is_refused(&self, to: SocketAddr) {
+        match self.ask(to) {
+            Ok(greeting) => panic!("{} reaches {to}: {greeting:?}", self.name()),
+            Err(error) => assert!(
+                !matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut),
+                "{} is left waiting by {to}",
+                self.name()
+            ),
+        }
+    }
+
+    // The proxy.
+
+    /// Starts its proxy, also again.
+    pub fn start(&self) {
+        let process = Process::start(&format!("proxy-{}", self.name()), self.folder(), self.proxy_command());
+        *lock(&self.0.proxy) = Some(process);
+    }
+
+    /// The command that starts its proxy.
+    pub fn proxy_command(&self) -> Command {
+        let Inner { plan, node, world, .. } = &*self.0;
+        let mut command = match plan.descriptors {
+            None => world.zspire(&["proxy"]),
+            Some(limit) => {
+                let mut shell = Command::new("sh");
+                shell.args(["-c", &format!("ulimit -n {limit} && exec \"$0\" proxy")]).arg(&world.program);
+                world.surroundings(&mut shell);
+                shell
+            }
+        };
+        command
+            .env("PROXY_MODE", "dedicated")
+            .env("PROXY_WORKLOAD_INFO", format!("{NAMESPACE}/{0}/{0}", plan.name))
+            .env("NODE_NAME", node)
+            .env("PACKET_MARK", Redirection::default().mark.to_string())
+            .env("LOG_FORMAT", "json")
+            .env("ZTUNNEL_WORKER_THREADS", "2");
+        match world.source {
+            Source::Files => {
+                command.env("FAKE_CA", "true").env("LOCAL_XDS_PATH", self.folder().join("mesh.json"));
+            }
+            Source::ControlPlane => {
+                let address = format!("https://{}", world.control_plane);
+                command
+                    .env("CA_ADDRESS", &address)
+                    .env("XDS_ADDRESS", &address)
+                    .env("ZSPIRE_JOIN_TOKEN", self.folder().join(format!("{}.token", plan.name)))
+                    .env("ZSPIRE_STATE_DIR", self.folder().join(format!("{}.state", plan.name)));
+            }
+        }
+        command.envs(&plan.environment);
+        in_netns(self.netns(), command)
+    }
+
+    fn folder(&self) -> &Path {
+        self.0.world.folder.path()
+    }
+
+    /// Does something with its proxy's process.
+    #[track_caller]
+    pub fn proxy<T>(&self, f: impl FnOnce(&mut Process) -> T) -> T {
+        f(lock(&self.0.proxy).as_mut().unwrap_or_else(|| panic!("{} has no proxy", self.name())))
+    }
+
+    /// Tells its proxy to stop.
+    #[track_caller]
+    pub fn drain(&self) {
+        self.proxy(Process::terminate);
+    }
+
+    /// Waits for its proxy to end.
+    #[track_caller]
+    pub fn ended(&self) -> ExitStatus {
+        self.proxy(Process::ended)
+    }
+
+    /// Waits until its proxy says that it is ready, and fails at once if it ends instead.
+    #[track_caller]
+    pub fn wait_until_ready(&self) {
+        until(&format!("the proxy of {} to be ready", self.name()), || {
+            let ready = self.readiness();
+            assert!(self.proxy(Process::runs), "the proxy of {} has ended:\n{}", self.name(), self.proxy(|p| p.log()));
+            ready
+        });
+    }
+
+    /// Whether its proxy is ready, and if not, why.
+    pub fn readiness(&self) -> Result<(), String> {
+        let answer = self.http(READINESS, "GET /healthz/ready", &[]).map_err(|error| format!("no answer: {error}"))?;
+        if answer.status == 200 { Ok(()) } else { Err(answer.body) }
+    }
+
+    /// What its proxy knows, as `/config_dump` has it.
+    #[track_caller]
+    pub fn dump(&self) -> Value {
+        let answer = self.http(ADMIN, "GET /config_dump", &[]).expect("the admin port answers");
+        serde_json::from_str(&answer.body).expect("the dump is JSON")
+    }
+
+    /// An answer of its proxy's admin port.
+    #[track_caller]
+    pub fn admin(&self, request: &str, headers: &[&str]) -> Answer {
+        self.http(ADMIN, request, headers).expect("the admin port answers")
+    }
+
+    /// Its proxy's metrics.
+    #[track_caller]
+    pub fn metrics(&self) -> String {
+        self.http(STATS, "GET /metrics", &[]).expect("the metrics port answers").body
+    }
+
+    /// Waits for a line of metrics that has all of these parts.
+    #[track_caller]
+    pub fn metric(&self, parts: &[&str]) -> String {
+        until(&format!("a metric of {} with {parts:?}", self.name()), || {
+            let page = self.metrics();
+            let line = page.lines().find(|line| parts.iter().all(|part| line.contains(part)));
+            line.map(str::to_owned).ok_or("there is none")
+        })
+    }
+
+    /// Waits for a line in its proxy's access log.
+    #[track_caller]
+    pub fn access(&self, direction: &str, is_it: impl Fn(&Value) -> bool) -> Value {
+        self.proxy(|proxy| {
+            proxy.line(&format!("{direction} access"), |line| {
+                line["scope"] == "access" && line["direction"] == direction && is_it(line)
+            })
+        })
+    }
+
+    /// Waits for a line in its proxy's access log whose error has this text.
+    #[track_caller]
+    pub fn refusal(&self, direction: &str, why: &str) -> Value {
+        self.access(direction, |line| line["error"].as_str().is_some_and(|error| error.contains(why)))
+    }
+
+    fn http(&self, port: u16, request: &str, headers: &[&str]) -> io::Result<Answer> {
+        let mut socket = self.connect(([127, 0, 0, 1], port).into())?;
+        let host = if headers.iter().any(|header| header.starts_with("Host:")) { "" } else { "Host: localhost\r\n" };
+        let more: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
+        socket.write_all(format!("{request} HTTP/1.1\r\n{host}{more}Connection: close\r\n\r\n").as_bytes())?;
+        let mut text = String::new();
+        socket.read_to_string(&mut text)?;
+        Answer::parse(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not an HTTP answer"))
+    }
+}
+
+/// An HTTP answer.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its status.
+    pub status: u16,
+    /// Its content.
+    pub body: String,
+}
+
+impl Answer {
+    fn parse(text: &str) -> Option<Self> {
+        let (head, body) = text.split_once("\r\n\r\n")?;
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some(Self { status, body: body.to_owned() })
+    }
+}

@@ -1,0 +1,100 @@
+//! A process under test: its log is a file, and it ends with its value.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use serde_json::Value;
+use zspire_sys::process::{die_with_parent, terminate};
+
+use crate::wait::until;
+
+/// A process under test.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts a command; what it writes goes to a new file `<name>.log`, or is added to the one of an earlier start.
+    #[track_caller]
+    pub fn start(name: &str, folder: &Path, mut command: Command) -> Self {
+        let log = folder.join(format!("{name}.log"));
+        let file = File::options().create(true).append(true).open(&log).expect("logs can be written");
+        command.stdin(Stdio::null()).stdout(file.try_clone().expect("a descriptor")).stderr(file);
+        let child =
+            die_with_parent(&mut command).spawn().unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
+        Self { name: name.into(), child, log }
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything that it has written.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Asks it to end in good order.
+    pub fn terminate(&mut self) {
+        terminate(&mut self.child);
+    }
+
+    /// Whether it still runs.
+    pub fn runs(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Waits for its end.
+    #[track_caller]
+    pub fn ended(&mut self) -> ExitStatus {
+        let Self { name, child, .. } = self;
+        until(&format!("{name} to end"), || match child.try_wait() {
+            Ok(Some(status)) => Ok(status),
+            Ok(None) => Err("it runs".to_owned()),
+            Err(error) => Err(error.to_string()),
+        })
+    }
+
+    /// Ends it at once, as a crash would.
+    pub fn kill(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Waits until it has written a line that a test looks for; the last such line.
+    #[track_caller]
+    pub fn line(&self, what: &str, is_it: impl Fn(&Value) -> bool) -> Value {
+        until(&format!("a line in the log of {}: {what}", self.name), || {
+            let log = self.log();
+            let mut lines = log.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            lines.find(|line| is_it(line)).ok_or("there is none")
+        })
+    }
+
+    /// Memory that it has of its own, kilobytes.
+    pub fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("the process runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("proc(5)");
+        line.trim().trim_end_matches(" kB").parse().expect("proc(5)")
+    }
+
+    /// CPU time that it has used, in clock ticks (hundredths of a second).
+    pub fn cpu_ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id())).expect("the process runs");
+        // After the name, which may hold anything, in parentheses: fields 14 and 15 are the 12th and 13th.
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        fields[11..13].iter().map(|ticks| ticks.parse::<u64>().expect("proc(5)")).sum()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

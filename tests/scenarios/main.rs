@@ -1,0 +1,29 @@
+//! The whole system: real proxies, a real control plane and real applications in network namespaces.
+//!
+//! Each test makes a network of its own, so that all can run at the same time. They need root or user namespaces, and fail
+//! without. `zspire_testkit` is what they are written in; a failed test shows the logs of all its processes.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod closing;
+mod control;
+mod drain;
+mod limits;
+mod paths;
+mod peers;
+mod policy;
+mod ports;
+mod settings;
+mod socks5;
+mod starting;
+mod surviving;
+mod telling;
+mod wire;
+
+use std::path::Path;
+
+/// Runs a test's body as root.
+#[track_caller]
+fn scenario(body: impl FnOnce()) {
+    zspire_testkit::scenario(Path::new(env!("CARGO_BIN_EXE_zspire-enter")), body);
+}

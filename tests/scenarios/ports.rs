@@ -1,0 +1,88 @@
+//! The proxy's own ports: nobody is connected to them through the proxy, from inside or outside, and nothing loops.
+
+use std::io::Read as _;
+use std::net::SocketAddr;
+
+use zspire_testkit::plan::captured;
+use zspire_testkit::{Pod, mesh, say, uncaptured, until};
+
+use crate::scenario;
+
+/// Speaks to a port; the connection must come to nothing, and soon.
+#[track_caller]
+fn comes_to_nothing(from: &Pod, to: SocketAddr) {
+    let Ok(mut socket) = from.connect(to) else { return };
+    // Neither TLS nor SOCKS: whatever listens there knows at once that it does not want it.
+    let _ = std::io::Write::write_all(&mut socket, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let mut answer = Vec::new();
+    match socket.read_to_end(&mut answer) {
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => panic!("{} waits for {to}", from.name()),
+        // A TLS alert is no more than a refusal.
+        _ => assert!(answer.len() <= 7 && answer.first().is_none_or(|kind| *kind == 21), "{to} answers {answer:?}"),
+    }
+}
+
+#[test]
+fn own_ports_are_refused_from_inside_and_outside() {
+    scenario(|| {
+        let mesh = mesh()
+            .node("a")
+            .pod("client")
+            .pod(uncaptured("stranger"))
+            .node("b")
+            .pod(captured("server").with("UNSTABLE_ENABLE_SOCKS5", "true"))
+            .start();
+        let (client, stranger, server) = (mesh.pod("client"), mesh.pod("stranger"), mesh.pod("server"));
+        let _app = server.greet();
+        for port in [15001, 15006, 15008, 15080] {
+            comes_to_nothing(&stranger, server.at(port));
+            comes_to_nothing(&client, server.at(port));
+            comes_to_nothing(&server, server.at(port));
+            comes_to_nothing(&server, SocketAddr::from(([127, 0, 0, 1], port)));
+        }
+        server.refusal("inbound", "port 15001 belongs to the proxy itself");
+        // A loop would be a chain of connections, each with a place in the table.
+        for pod in [&client, &server] {
+            until("nothing to be open", || {
+                let page = pod.metrics();
+                let open = page.lines().filter(|line| {
+                    line.starts_with("istio_tcp_sockets_open") || line.starts_with("zspire_tcp_sockets_open")
+                });
+                match open.filter(|line| !line.ends_with(" 0")).collect::<Vec<_>>() {
+                    open if open.is_empty() => Ok(()),
+                    open => Err(open.join("\n")),
+                }
+            });
+            let accesses = pod.proxy(|proxy| proxy.log().lines().filter(|line| line.contains("\"access\"")).count());
+            assert!(accesses < 60, "{accesses} connections were told of");
+        }
+        client.reaches(server.app());
+    });
+}
+
+#[test]
+fn admin_port_is_for_the_pod_alone() {
+    scenario(|| {
+        let mesh = mesh().node("a").pod("client").pod(uncaptured("stranger")).node("b").pod("server").start();
+        let (client, stranger, server) = (mesh.pod("client"), mesh.pod("stranger"), mesh.pod("server"));
+        for from in [&client, &stranger] {
+            comes_to_nothing(from, server.at(15000));
+        }
+        assert_eq!(server.admin("GET /", &[]).status, 200);
+    });
+}
+
+#[test]
+fn application_may_use_any_other_port() {
+    scenario(|| {
+        let mesh = mesh().node("a").pod("client").node("b").pod("server").start();
+        let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+        for port in [1, 443, 15002, 65535] {
+            let app = server.listen_at(port);
+            let asking = client.open(server.at(port));
+            let served = app.accept();
+            say(&asking, "hello");
+            zspire_testkit::hear(&served, "hello");
+        }
+    });
+}
