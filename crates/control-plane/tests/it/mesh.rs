@@ -3,7 +3,7 @@
 use tonic::Code;
 use zspire_control_plane::{ControlPlane, validate};
 
-use crate::support::{DB, MESH, Running, Setup, create, csr};
+use crate::support::{DB, MESH, Running, Setup, WEB, create, csr, workload};
 
 /// `db` moves to node a.
 fn moved() -> String {
@@ -36,6 +36,37 @@ async fn good_bad_good() {
     assert_eq!(create(&node, csr(), 60, Some(DB)).await.unwrap_err().code(), Code::Unauthenticated);
     assert_eq!(running.metric("zspire_control_plane_mesh_rejected").await, 0);
     assert_eq!(running.metric("zspire_control_plane_mesh_reloads_total{result=\"accepted\"}").await, 2);
+}
+
+/// The certificate is still good, and buys no other once the mesh has no such workload.
+#[tokio::test]
+async fn a_workload_that_left_the_mesh_cannot_renew_its_certificate() {
+    let running = Running::start().await;
+    let node = running.node_channel("a").await;
+    let web = running.with_certificate(workload(&node, WEB).await);
+    for asked in [None, Some(WEB)] {
+        assert!(create(&web, csr(), 60, asked).await.is_ok());
+    }
+    let without = MESH.lines().filter(|line| !line.contains("c/web")).collect::<Vec<_>>().join("\n");
+    std::fs::write(running.setup.path("mesh.d/mesh.yaml"), without).unwrap();
+    running.until("reloaded", |status| status["mesh"]["workloads"] == 2).await;
+    for asked in [None, Some(WEB)] {
+        assert_eq!(create(&web, csr(), 60, asked).await.unwrap_err().code(), Code::Unauthenticated);
+    }
+    assert!(create(&node, csr(), 60, None).await.is_ok(), "the node is still one");
+}
+
+/// Somebody opens the file for writing and takes his time: nothing is taken from the mesh meanwhile.
+#[tokio::test]
+async fn an_emptied_file_changes_nothing() {
+    let running = Running::start().await;
+    std::fs::write(running.setup.path("mesh.d/mesh.yaml"), "").unwrap();
+    let status = running.until("rejected", |status| !status["mesh"]["rejected"].is_null()).await;
+    assert_eq!(status["mesh"]["workloads"], 3, "the last good one");
+    let error = status["mesh"]["rejected"]["error"].as_str().unwrap();
+    assert!(error.contains("mesh.yaml: it is empty and had content before: restore it"), "{error}");
+    std::fs::write(running.setup.path("mesh.d/mesh.yaml"), "workloads: []").unwrap();
+    running.until("empty on purpose", |status| status["mesh"]["workloads"] == 0).await;
 }
 
 #[tokio::test]

@@ -74,3 +74,29 @@ async fn no_change_is_no_news() {
     let waiting = tokio::time::timeout(std::time::Duration::from_secs(5), watcher.changed());
     assert!(waiting.await.is_err());
 }
+
+/// Whoever truncates and writes, and is slow about it, does not take the mesh away for a moment; whoever means it says so.
+#[tokio::test]
+async fn an_emptied_file_is_refused_and_an_empty_mesh_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mesh.yaml");
+    fs::write(&path, text("a")).unwrap();
+    let mut watcher = Watcher::new(folder.path());
+    for nothing in ["", " \n", "# workloads: [{uid: a}]\n"] {
+        fs::write(&path, nothing).unwrap();
+        let error = changed(&mut watcher).await.unwrap_err().to_string();
+        assert!(error.contains("mesh.yaml: it is empty and had content before"), "{error}");
+    }
+    fs::write(&path, text("b")).unwrap();
+    assert_eq!(names(changed(&mut watcher).await), ["b"]);
+    fs::write(&path, "workloads: []").unwrap();
+    assert_eq!(names(changed(&mut watcher).await), [""; 0]);
+    fs::write(folder.path().join("more.yaml"), text("c")).unwrap();
+    assert_eq!(names(changed(&mut watcher).await), ["c"]);
+    fs::remove_file(folder.path().join("more.yaml")).unwrap();
+    assert_eq!(names(changed(&mut watcher).await), [""; 0]);
+    // As if the folder were not mounted any more.
+    fs::remove_file(&path).unwrap();
+    let error = changed(&mut watcher).await.unwrap_err().to_string();
+    assert!(error.contains("it is empty and had content before"), "{error}");
+}
