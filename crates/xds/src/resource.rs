@@ -90,7 +90,8 @@ impl Kind {
                 Change::RemoveService(NamespacedHostname { namespace: namespace.into(), hostname: hostname.into() })
             }
             Self::Policy => {
-                let (namespace, name) = parts()?;
+                // One that cannot be read is kept under whatever name it was sent under.
+                let (namespace, name) = parts().unwrap_or(("", name));
                 Change::RemovePolicy(NamespacedName { namespace: namespace.into(), name: name.into() })
             }
         })

@@ -1,8 +1,10 @@
 //! The client's side of the protocol, without its streams: requests to open one with, and what a response means.
 
+use std::sync::Arc;
+
+use prost::bytes::Bytes;
 use tonic::Code;
-use zspire_model::policy::{Action, Scope};
-use zspire_model::{Change, Policy, Str};
+use zspire_model::Change;
 use zspire_wire::discovery::{DeltaDiscoveryRequest, Node, Resource as WireResource};
 use zspire_wire::rpc;
 
@@ -113,9 +115,11 @@ pub(super) struct Received {
 impl Receiving<'_> {
     pub(super) fn resource(&mut self, decoder: &mut Decoder, from: WireResource) {
         let WireResource { name, version, aliases, resource } = from;
-        match decode(decoder, self.known.type_url, &name, resource) {
+        let (value_type, value) = resource.map(|it| (it.type_url, it.value)).unzip();
+        let value = Bytes::from(value.unwrap_or_default());
+        match decode(decoder, self.known.type_url, &name, value_type, value.clone()) {
             Ok(resource) => self.put(resource, &version, &aliases),
-            Err(error) => self.failed(name, &error),
+            Err(error) => self.failed(name, &value, &error),
         }
     }
 
@@ -131,15 +135,13 @@ impl Receiving<'_> {
         self.changes.push(resource.put());
     }
 
-    /// What was known of it stays; a policy of which nothing was known denies in its namespace until it can be read.
-    fn failed(&mut self, name: String, error: &codec::Error) {
+    /// What was known of it stays; a policy of which nothing was known denies, until it can be read, wherever it may apply.
+    fn failed(&mut self, name: String, value: &Bytes, error: &codec::Error) {
         tracing::warn!(resource = %shortened(&name), %error, "rejected a resource");
-        if !self.known.keep(&name)
-            && self.known.type_url == AUTHORIZATION_TYPE
-            && let Some(policy) = unreadable(&name, error)
-        {
+        if !self.known.keep(&name) && self.known.type_url == AUTHORIZATION_TYPE {
+            let policy = Decoder::unreadable_policy(&name, value, error);
             self.changes.extend(self.known.put(name.as_str().into(), Kind::Policy, ""));
-            self.changes.push(policy);
+            self.changes.push(Change::PutPolicy(Arc::new(policy)));
         }
         self.failures.add(&name, error);
     }
@@ -160,13 +162,14 @@ fn decode(
     decoder: &mut Decoder,
     type_url: &str,
     name: &str,
-    value: Option<prost_types::Any>,
+    value_type: Option<String>,
+    value: Bytes,
 ) -> Result<Resource, codec::Error> {
-    let value = value.ok_or(codec::Error::Missing("the value of the resource"))?;
-    if value.type_url != type_url {
-        return Err(codec::Error::UnknownType(shortened(&value.type_url).to_owned()));
+    let value_type = value_type.ok_or(codec::Error::Missing("the value of the resource"))?;
+    if value_type != type_url {
+        return Err(codec::Error::UnknownType(shortened(&value_type).to_owned()));
     }
-    let resource = decoder.decode(type_url, value.value.into())?;
+    let resource = decoder.decode(type_url, value)?;
     let own = resource.name();
     // It is removed by the name that it is sent under: under another it could never be.
     if *own != *name {
@@ -183,19 +186,6 @@ fn addresses(resource: &Resource) -> Vec<String> {
         Resource::Service(it) => it.vips.iter().map(ToString::to_string).collect(),
         Resource::Policy(_) => Vec::new(),
     }
-}
-
-/// A policy that stands for one that cannot be read.
-fn unreadable(name: &str, error: &codec::Error) -> Option<Change> {
-    let (namespace, name) = name.split_once('/')?;
-    Some(Change::PutPolicy(std::sync::Arc::new(Policy {
-        namespace: namespace.into(),
-        name: name.into(),
-        scope: Scope::Namespace,
-        action: Action::Deny,
-        unsupported: Some(Str::from(error.to_string())),
-        ..Policy::default()
-    })))
 }
 
 /// Rejects a response of a type that was not asked for.

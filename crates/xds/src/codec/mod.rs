@@ -96,6 +96,11 @@ impl Decoder {
         decode::service(&mut self.interner, wire::Service::decode(value)?)
     }
 
+    /// What stands for a policy that cannot be decoded: one that denies, under the name that it was sent under.
+    pub fn unreadable_policy(name: &str, value: &Bytes, why: &Error) -> Policy {
+        policy::unreadable(name, value, why)
+    }
+
     /// An `istio.security.Authorization`.
     pub fn policy(&mut self, value: Bytes) -> Result<Policy, Error> {
         let message = security::Authorization::decode(value.clone())?;

@@ -1,12 +1,32 @@
 //! Policies from the wire. Whatever is not understood makes the policy deny, and never makes it disappear.
 
 use ipnet::IpNet;
+use prost::bytes::Bytes;
 use zspire_model::policy::{Action, Scope};
 use zspire_model::{Interner, Match, Policy, ServiceAccountMatch, StringMatch};
 use zspire_wire::security;
 
-use super::Error;
 use super::decode::{check_part, extension, range};
+use super::{Error, unknown};
+
+/// A policy that stands for one that cannot be decoded, under the name that it was sent under. It denies where the policy says
+/// that it applies, if that much can be read, else everywhere.
+pub(super) fn unreadable(name: &str, value: &Bytes, why: &Error) -> Policy {
+    let (namespace, name) = name.split_once('/').unwrap_or(("", name));
+    let scope = unknown::scope(value).and_then(|scope| security::Scope::try_from(scope).ok());
+    Policy {
+        namespace: namespace.into(),
+        name: name.into(),
+        scope: match scope {
+            Some(security::Scope::Namespace) => Scope::Namespace,
+            Some(security::Scope::WorkloadSelector) => Scope::WorkloadSelector,
+            Some(security::Scope::Global) | None => Scope::Global,
+        },
+        action: Action::Deny,
+        unsupported: Some(why.to_string().into()),
+        ..Policy::default()
+    }
+}
 
 /// A policy without its name can be neither kept nor removed: that alone is an error. `unknown_field` is what the message has
 /// beside the fields that are known here.
@@ -47,8 +67,8 @@ impl Reader<'_> {
         self.unsupported.get_or_insert_with(what);
     }
 
-    /// Where a policy of an unknown scope applies cannot be known; that it concerns its own namespace is the nearest guess that
-    /// does not cut off the whole mesh.
+    /// Where a policy of an unknown scope applies cannot be known, so it applies everywhere: a guess that leaves a workload out
+    /// would allow what it denies.
     fn scope(&mut self, from: i32) -> Scope {
         match security::Scope::try_from(from) {
             Ok(security::Scope::Global) => Scope::Global,
@@ -56,7 +76,7 @@ impl Reader<'_> {
             Ok(security::Scope::WorkloadSelector) => Scope::WorkloadSelector,
             Err(_) => {
                 self.unsupported(|| format!("unknown scope {from}"));
-                Scope::Namespace
+                Scope::Global
             }
         }
     }

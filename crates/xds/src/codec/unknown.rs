@@ -43,6 +43,25 @@ pub(super) fn field(policy: &Bytes) -> Option<String> {
     walk(policy.clone(), &AUTHORIZATION)
 }
 
+/// Number of the field that says where a policy applies.
+const SCOPE: u32 = 3;
+
+/// What a policy that cannot be decoded says of its scope before the place that cannot be read. The last one counts, as for
+/// protobuf.
+pub(super) fn scope(policy: &Bytes) -> Option<i32> {
+    let (mut bytes, mut scope) = (policy.clone(), None);
+    while bytes.has_remaining() {
+        let Ok((number, wire_type)) = decode_key(&mut bytes) else { break };
+        if number == SCOPE && wire_type == WireType::Varint {
+            let Ok(value) = decode_varint(&mut bytes) else { break };
+            scope = i32::try_from(value).ok();
+        } else if skip_field(wire_type, number, &mut bytes, DecodeContext::default()).is_err() {
+            break;
+        }
+    }
+    scope
+}
+
 /// The depth is that of the messages above, whatever the bytes say.
 fn walk(mut bytes: Bytes, message: &Message) -> Option<String> {
     while bytes.has_remaining() {

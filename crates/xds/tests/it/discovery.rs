@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::body::Body;
 use tonic::{Code, Status};
+use zspire_model::policy::{Action, Scope};
 use zspire_xds::client::{self, Termination};
 use zspire_xds::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Resource};
 
@@ -105,6 +106,63 @@ async fn a_policy_that_cannot_be_read_denies_until_it_can() {
     assert!(placeholder.unsupported.is_some());
     stream.exchange(response(AUTHORIZATION_TYPE, "3", vec![wire(&policy("p"), "")], &[])).await;
     let world = client.until("it is read", |world| world.batches.len() == 2).await;
+    assert_eq!(world.resources["p a/p"], policy("p"));
+}
+
+/// Where it applies is what it says before the place that cannot be read; where that is nothing it may be anywhere.
+#[tokio::test]
+async fn a_policy_that_cannot_be_read_denies_wherever_it_may_apply() {
+    let mut fake = Fake::new().await;
+    let mut client = Running::of(fake.served.address);
+    let mut stream = fake.stream().await;
+    stream.opening().await;
+    stream.exchange(response(ADDRESS_TYPE, "1", vec![], &[])).await;
+    let broken = |name: &str, value: &[u8]| {
+        let mut broken = malformed(AUTHORIZATION_TYPE, name);
+        broken.resource.as_mut().unwrap().value = value.to_vec();
+        broken
+    };
+    let mut bodiless = malformed(AUTHORIZATION_TYPE, "a/bodiless");
+    bodiless.resource = None;
+    let scope_field = |scope: u8| vec![0x18, scope, 0xff];
+    let resources = vec![
+        broken("a/garbage", &[0xff; 8]),
+        broken("a/namespace", &scope_field(1)),
+        broken("a/selector", &scope_field(2)),
+        broken("a/global", &scope_field(0)),
+        broken("a/future", &scope_field(9)),
+        broken("nameless", &[0xff]),
+        bodiless,
+    ];
+    let nack = stream.exchange(response(AUTHORIZATION_TYPE, "2", resources, &[])).await;
+    assert!(nack.error_detail.unwrap().message.contains("7 of the resources"));
+    let world = client.until("it is synced", |world| world.synced == 1).await;
+    let scopes: Vec<_> = world
+        .resources
+        .iter()
+        .map(|(name, resource)| {
+            let Resource::Policy(policy) = resource else { panic!("{name}") };
+            assert!(policy.unsupported.is_some() && policy.action == Action::Deny && !policy.dry_run, "{name}");
+            (name.as_str(), policy.scope)
+        })
+        .collect();
+    assert_eq!(
+        scopes,
+        [
+            ("p /nameless", Scope::Global),
+            ("p a/bodiless", Scope::Global),
+            ("p a/future", Scope::Global),
+            ("p a/garbage", Scope::Global),
+            ("p a/global", Scope::Global),
+            ("p a/namespace", Scope::Namespace),
+            ("p a/selector", Scope::WorkloadSelector),
+        ]
+    );
+    // They can be removed, whatever they are called; and what was good stays good.
+    stream.exchange(response(AUTHORIZATION_TYPE, "3", vec![wire(&policy("p"), "")], &["nameless", "a/garbage"])).await;
+    stream.exchange(response(AUTHORIZATION_TYPE, "4", vec![malformed(AUTHORIZATION_TYPE, "a/p")], &[])).await;
+    let world = client.until("they are removed", |world| world.batches.len() == 2).await;
+    assert_eq!(world.resources.len(), 6);
     assert_eq!(world.resources["p a/p"], policy("p"));
 }
 
