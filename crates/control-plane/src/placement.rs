@@ -1,7 +1,8 @@
 //! Who may have which identity: a function of who asks, what is asked for, and what runs where.
 //!
-//! A node asks for the workloads on it, everybody else for itself. istiod takes the requested trust domain as it comes;
-//! here it must be ours.
+//! A node asks for the workloads on it, everybody else for itself; a workload that shows its certificate only as long as the
+//! mesh has a workload with that identity, or certificates of what was removed would live for ever. istiod renews whatever
+//! certificate it is shown, and takes the requested trust domain as it comes; here it must be ours.
 
 use std::collections::{HashMap, HashSet};
 
@@ -16,6 +17,8 @@ use crate::state::node_id;
 pub(crate) struct Placement {
     nodes: HashMap<Str, HashSet<SpiffeId>>,
     pods: HashMap<(Str, Str), Pod>,
+    /// Of workloads on no node too.
+    identities: HashSet<SpiffeId>,
 }
 
 #[derive(Debug, PartialEq)]
@@ -25,11 +28,15 @@ struct Pod {
 }
 
 impl Placement {
-    /// Indexes the workloads that run on a node and have an identity.
+    /// Indexes the workloads that have an identity.
     pub(crate) fn new<'a>(workloads: impl Iterator<Item = &'a Workload>) -> Self {
         let mut placement = Self::default();
-        for workload in workloads.filter(|workload| !workload.node.is_empty()) {
+        for workload in workloads {
             let Some(id) = workload.identity() else { continue };
+            placement.identities.insert(id.clone());
+            if workload.node.is_empty() {
+                continue;
+            }
             placement.nodes.entry(workload.node.clone()).or_default().insert(id);
             let pod = Pod { node: workload.node.clone(), service_account: workload.service_account.clone() };
             placement.pods.insert((workload.namespace.clone(), workload.name.clone()), pod);
@@ -62,7 +69,7 @@ impl Rules {
         asked: Option<&str>,
         placement: &Placement,
     ) -> Result<SpiffeId, Denied> {
-        let own = self.own(caller)?;
+        let own = self.own(caller, placement)?;
         let Some(asked) = asked else { return Ok(own) };
         let id: SpiffeId = asked.parse().map_err(Denied::Malformed)?;
         if id == own {
@@ -78,10 +85,11 @@ impl Rules {
         if placement.runs(&node, &id) { Ok(id) } else { Err(Denied::NotOnNode { node }) }
     }
 
-    fn own(&self, caller: &Caller) -> Result<SpiffeId, Denied> {
+    fn own(&self, caller: &Caller, placement: &Placement) -> Result<SpiffeId, Denied> {
         match caller {
             Caller::Node(name) => node_id(&self.domain, name).ok_or(Denied::NodeName),
             Caller::Joining(join) => node_id(&self.domain, &join.node).ok_or(Denied::NodeName),
+            Caller::Workload(id) if !placement.identities.contains(id) => Err(Denied::NotInMesh),
             Caller::Workload(id) => Ok(id.clone()),
             Caller::Account(account) => Ok(account.id.clone()),
         }
@@ -130,6 +138,8 @@ pub(crate) enum Denied {
     NotAWorkload,
     #[error("no workload with this identity runs on node {node}: check the mesh files")]
     NotOnNode { node: Str },
+    #[error("no workload has the identity of the client certificate any more: check the mesh files")]
+    NotInMesh,
     #[error("the token names neither a node nor a pod that the mesh knows")]
     NoPod,
     #[error("the pod that the token names has another service account or another node in the mesh")]
@@ -229,6 +239,17 @@ mod tests {
         assert_eq!(ask(&web, Some("spiffe://cluster.local/zspire/node/a")), Err(Denied::NotAWorkload));
         assert_eq!(ask(&account("shop", "web", Some("web-1"), Some("a")), Some(DB)), Err(Denied::NotANode));
         assert_eq!(ask(&account("shop", "web", None, None), None).unwrap(), WEB);
+        let entry = "spiffe://cluster.local/ns/shop/sa/entry";
+        assert_eq!(ask(&Caller::Workload(entry.parse().unwrap()), None).unwrap(), entry, "on no node");
+    }
+
+    #[test]
+    fn a_workload_that_left_the_mesh_gets_nothing() {
+        let gone = "spiffe://cluster.local/ns/shop/sa/gone";
+        let caller = Caller::Workload(gone.parse().unwrap());
+        for asked in [None, Some(gone), Some(WEB)] {
+            assert_eq!(ask(&caller, asked), Err(Denied::NotInMesh), "{asked:?}");
+        }
     }
 
     #[test]
