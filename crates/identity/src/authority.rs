@@ -107,7 +107,7 @@ impl Authority {
         let leaf =
             self.sign(&key, &Subject::Workload { id: &id, common_name: false }, now, now + Duration::from_secs(60))?;
         let bundles = Bundles::of(id.trust_domain().clone(), self.roots.clone());
-        let verifier = Verifier::new(Arc::new(bundles), &Policy::default().provider);
+        let verifier = Verifier::new(Arc::new(bundles), &Policy::default());
         verifier.check(&leaf.der, &self.chain, unix(now), Role::Server).map_err(Error::Unusable)?;
         Ok(())
     }

@@ -44,6 +44,7 @@ pub struct Credentials {
     server: Arc<ServerConfig>,
     client: ClientConfig,
     verifier: Verifier,
+    clock: Arc<dyn Clock>,
 }
 
 impl Credentials {
@@ -51,10 +52,12 @@ impl Credentials {
     pub fn new(svid: Svid, policy: &Policy, clock: &Arc<dyn Clock>) -> Result<Self, Invalid> {
         let Svid { id, chain, key, bundles } = svid;
         let [leaf, intermediates @ ..] = &chain[..] else { return Err(Invalid::Empty) };
-        let verifier = Verifier::new(bundles.clone(), &policy.provider);
+        let verifier = Verifier::new(bundles.clone(), policy);
         let now = unix(clock.now());
-        let seen = verifier.check(leaf, intermediates, now, Role::Client)?;
-        verifier.check(leaf, intermediates, now, Role::Server)?;
+        // Without revocation lists: they are about others, and what is new cannot be on one.
+        let alone = verifier.without_revocation();
+        let seen = alone.check(leaf, intermediates, now, Role::Client)?;
+        alone.check(leaf, intermediates, now, Role::Server)?;
         if seen.id != id {
             return Err(Invalid::OtherIdentity { asked: id, given: seen.id });
         }
@@ -83,7 +86,17 @@ impl Credentials {
         client.enable_sni = false;
 
         let (not_before, not_after) = (seen.not_before, seen.not_after);
-        Ok(Self { id, chain, bundles, not_before, not_after, server: Arc::new(server), client, verifier })
+        Ok(Self {
+            id,
+            chain,
+            bundles,
+            not_before,
+            not_after,
+            server: Arc::new(server),
+            client,
+            verifier,
+            clock: clock.clone(),
+        })
     }
 
     /// Who this is.
@@ -109,6 +122,17 @@ impl Credentials {
     /// SHA-256 of the leaf: differs between generations.
     pub fn fingerprint(&self) -> Fingerprint {
         x509::fingerprint(&self.chain[0])
+    }
+
+    /// Whether a peer that was verified in a handshake would be accepted now: its certificates are still valid, they lead to a
+    /// root that these credentials trust, and no revocation list is against them.
+    ///
+    /// For live connections, asked of the newest credentials of the workload; [`crate::revocation`] says when. It verifies the
+    /// chain anew (some 100 µs). Whether the peer is one that is expected does not change and is not asked again.
+    pub fn still_valid(&self, peer: &Peer) -> Result<(), tls::Error> {
+        let [leaf, intermediates @ ..] = &peer.evidence.chain[..] else { return Err(tls::Error::NoCertificate) };
+        let now = unix(self.clock.now());
+        self.verifier.check(leaf, intermediates, now, peer.evidence.role).map(drop).map_err(tls::Error::Rejected)
     }
 
     /// The chain for admin views, leaf first.

@@ -30,7 +30,7 @@ impl Acceptor {
         clock: &Arc<dyn Clock>,
     ) -> Result<Self, Invalid> {
         let key = key.certify(chain)?;
-        let verifier = Verifier::new(clients, &policy.provider);
+        let verifier = Verifier::new(clients, policy);
         let mut config = ServerConfig::builder_with_details(policy.provider.clone(), Arc::new(TlsTime(clock.clone())))
             .with_protocol_versions(policy.versions)
             .map_err(|_| Invalid::Policy)?

@@ -165,6 +165,8 @@ pub(crate) enum Unauthenticated {
 mod tests {
     use std::time::Duration;
 
+    use zspire_identity::Evidence;
+
     use super::*;
 
     fn authenticator() -> Authenticator {
@@ -173,7 +175,12 @@ mod tests {
 
     fn of_certificate(id: &str, age: Duration) -> Result<String, Unauthenticated> {
         let now = SystemTime::now();
-        let peer = Peer { id: id.parse().unwrap(), not_after: now + Duration::from_secs(60), fingerprint: [0; 32] };
+        let peer = Peer {
+            id: id.parse().unwrap(),
+            not_after: now + Duration::from_secs(60),
+            fingerprint: [0; 32],
+            evidence: Evidence::default(),
+        };
         let mut extensions = Extensions::new();
         let not_after = peer.not_after - age;
         let peer = Some(Peer { not_after, ..peer });

@@ -76,6 +76,24 @@ pub enum Rejection {
         /// `client` or `server`.
         role: &'static str,
     },
+    /// On a revocation list.
+    #[error("a certificate in the chain of {id} was revoked (serial number {serial})")]
+    Revoked {
+        /// The identity claimed.
+        id: SpiffeId,
+        /// Which certificate; hexadecimal.
+        serial: String,
+    },
+    /// No revocation list says anything of it.
+    #[error(
+        "it is not known whether a certificate in the chain of {id} was revoked: {why} (CRL_UNKNOWN_STATUS=allow accepts that)"
+    )]
+    RevocationUnknown {
+        /// The identity claimed.
+        id: SpiffeId,
+        /// Which list is missing.
+        why: Str,
+    },
     /// A valid certificate of somebody else.
     #[error("the peer is {id}, expected {expected}")]
     UnexpectedPeer {
@@ -100,6 +118,8 @@ impl Rejection {
             Self::Expired { .. } => "expired",
             Self::NotYetValid { .. } => "not_yet_valid",
             Self::WrongUsage { .. } => "wrong_usage",
+            Self::Revoked { .. } => "revoked",
+            Self::RevocationUnknown { .. } => "revocation_unknown",
             Self::UnexpectedPeer { .. } => "unexpected_peer",
         }
     }

@@ -13,11 +13,13 @@ use std::time::SystemTime;
 
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self as provider, cipher_suite as suite, kx_group};
+use rustls::pki_types::CertificateDer;
 use zspire_model::SpiffeId;
 
 pub use error::{Error, Fault, Rejection};
 pub use stream::{ClientTls, ServerTls, Stream};
 
+use crate::revocation::Revocation;
 use crate::x509::Fingerprint;
 
 /// The protocol spoken inside.
@@ -40,6 +42,7 @@ pub enum KeyExchange {
 pub struct Policy {
     pub(crate) provider: Arc<CryptoProvider>,
     pub(crate) versions: &'static [&'static rustls::SupportedProtocolVersion],
+    pub(crate) revocation: Revocation,
 }
 
 impl Policy {
@@ -64,7 +67,13 @@ impl Policy {
         };
         let provider = CryptoProvider { cipher_suites: suites, kx_groups: groups, ..provider::default_provider() };
         let versions = if tls12 { rustls::ALL_VERSIONS } else { TLS13_ONLY };
-        Self { provider: Arc::new(provider), versions }
+        Self { provider: Arc::new(provider), versions, revocation: Revocation::default() }
+    }
+
+    /// The same with revocation lists that peers are looked up in.
+    #[must_use]
+    pub fn with_revocation(self, revocation: Revocation) -> Self {
+        Self { revocation, ..self }
     }
 }
 
@@ -124,7 +133,8 @@ impl fmt::Display for ExpectedPeers {
     }
 }
 
-/// The other end of a connection, verified.
+/// The other end of a connection, verified. It was valid in the handshake; whether it is still so says
+/// [`Credentials::still_valid`](crate::Credentials::still_valid).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
     /// Its identity: exactly the one that was verified.
@@ -133,4 +143,25 @@ pub struct Peer {
     pub not_after: SystemTime,
     /// SHA-256 of its leaf certificate.
     pub fingerprint: Fingerprint,
+    /// What it proved that with.
+    pub evidence: Evidence,
+}
+
+/// The certificates that a peer showed, kept to check them again. Cloning is cheap. The default is none, which is never valid.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Evidence {
+    pub(crate) chain: Arc<[CertificateDer<'static>]>,
+    pub(crate) role: verify::Role,
+}
+
+impl Default for Evidence {
+    fn default() -> Self {
+        Self { chain: Arc::default(), role: verify::Role::Client }
+    }
+}
+
+impl fmt::Debug for Evidence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Evidence").field("certificates", &self.chain.len()).field("role", &self.role).finish()
+    }
 }

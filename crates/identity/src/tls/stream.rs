@@ -8,7 +8,8 @@ use rustls::CommonState;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::TlsStream;
 
-use super::{ALPN, Error, Peer};
+use super::verify::Role;
+use super::{ALPN, Error, Evidence, Peer};
 use crate::x509::{self, Leaf};
 
 /// An encrypted connection. It implements tokio's `AsyncRead` and `AsyncWrite`.
@@ -50,10 +51,15 @@ impl<IO> Stream<IO> {
 
     /// The verified peer; `None` if it presented no certificate.
     pub(crate) fn peer(&self) -> Result<Option<Peer>, Error> {
-        let Some([leaf, ..]) = self.state().peer_certificates() else { return Ok(None) };
+        let Some(chain @ [leaf, ..]) = self.state().peer_certificates() else { return Ok(None) };
         // The verifier has read the same bytes with the same function.
         let svid = Leaf::parse(leaf).map_err(Error::Rejected)?;
-        Ok(Some(Peer { id: svid.id, not_after: svid.not_after, fingerprint: x509::fingerprint(leaf) }))
+        let role = match self.0 {
+            TlsStream::Client(_) => Role::Server,
+            TlsStream::Server(_) => Role::Client,
+        };
+        let evidence = Evidence { chain: chain.into(), role };
+        Ok(Some(Peer { id: svid.id, not_after: svid.not_after, fingerprint: x509::fingerprint(leaf), evidence }))
     }
 
     /// Refuses a peer that negotiated something else than HTTP/2.

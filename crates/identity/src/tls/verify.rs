@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
+use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
 use webpki::KeyUsage;
 
-use super::{ExpectedPeers, Rejection};
+use super::{ExpectedPeers, Policy, Rejection};
 use crate::bundle::Bundles;
+use crate::revocation::{self, Revocation};
 use crate::x509::Leaf;
 
 /// What the owner of a certificate does with it.
@@ -44,11 +45,18 @@ impl Role {
 pub(crate) struct Verifier {
     bundles: Arc<Bundles>,
     algorithms: WebPkiSupportedAlgorithms,
+    revocation: Revocation,
 }
 
 impl Verifier {
-    pub(crate) fn new(bundles: Arc<Bundles>, provider: &CryptoProvider) -> Self {
-        Self { bundles, algorithms: provider.signature_verification_algorithms }
+    pub(crate) fn new(bundles: Arc<Bundles>, policy: &Policy) -> Self {
+        let algorithms = policy.provider.signature_verification_algorithms;
+        Self { bundles, algorithms, revocation: policy.revocation.clone() }
+    }
+
+    /// The same without revocation lists.
+    pub(crate) fn without_revocation(&self) -> Self {
+        Self { revocation: Revocation::default(), ..self.clone() }
     }
 
     /// Everything that makes a chain an SVID we trust, for use in `role` at `now`.
@@ -64,9 +72,10 @@ impl Verifier {
             return Err(Rejection::UnknownTrustDomain { id: svid.id });
         };
         let certificate = webpki::EndEntityCert::try_from(leaf).map_err(|e| rejection(&svid, role, e))?;
-        certificate
+        let path = certificate
             .verify_for_usage(self.algorithms.all, bundle.anchors(), intermediates, now, role.key_usage(), None, None)
             .map_err(|e| rejection(&svid, role, e))?;
+        self.revocation.check(&svid.id, &path, revocation::moment(now))?;
         Ok(svid)
     }
 }

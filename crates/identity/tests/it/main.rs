@@ -5,6 +5,7 @@
 mod channel;
 mod issuance;
 mod local;
+mod revocation;
 mod schedule;
 mod support;
 mod tls;

@@ -10,8 +10,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use http::{HeaderName, HeaderValue};
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationList, CertificateRevocationListParams, DistinguishedName,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType,
+    SerialNumber,
 };
 use rustls::pki_types::CertificateDer;
 use tokio::time::Instant;
@@ -72,10 +73,50 @@ impl TestCa {
         params.not_before = (now - 24 * HOUR).into();
         params.not_after = (now + 24 * 365 * HOUR).into();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let key = KeyPair::generate().unwrap();
         let root = params.self_signed(&key).unwrap().der().clone();
         Self { issuer: Issuer::new(params, key), root }
+    }
+
+    /// A CA below this one, with its certificate.
+    pub(crate) fn intermediate(&self, name: &str, usages: &[KeyUsagePurpose], now: SystemTime) -> TestCa {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(rcgen::DnType::OrganizationName, name);
+        params.not_before = (now - 24 * HOUR).into();
+        params.not_after = (now + 24 * 365 * HOUR).into();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.serial_number = Some(rcgen::SerialNumber::from(77_u64));
+        params.key_usages = usages.to_vec();
+        let key = KeyPair::generate().unwrap();
+        let root = params.signed_by(&key, &self.issuer).unwrap().der().clone();
+        // It can sign lists also where its certificate does not allow it.
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        Self { issuer: Issuer::new(params, key), root }
+    }
+
+    pub(crate) fn certificate(&self) -> CertificateDer<'static> {
+        self.root.clone()
+    }
+
+    /// A revocation list of these serial numbers, good until then.
+    pub(crate) fn crl(&self, serials: &[u64], now: SystemTime, next_update: SystemTime) -> CertificateRevocationList {
+        let revoked = |serial: &u64| RevokedCertParams {
+            serial_number: SerialNumber::from(*serial),
+            revocation_time: now.into(),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: (now - HOUR).into(),
+            next_update: next_update.into(),
+            crl_number: SerialNumber::from(1_u64),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(revoked).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.issuer).unwrap()
     }
 
     pub(crate) fn bundle(&self) -> Bundle {
