@@ -32,6 +32,9 @@ fn too_few_descriptors_turn_connections_away_and_nothing_spins() {
         server.proxy(|proxy| {
             proxy.line("the shortage", |line| line["message"].as_str().is_some_and(|it| it.contains("ulimit -n")));
         });
+        // Who asks how it is gets an answer all the same.
+        assert_eq!(server.readiness(), Ok(()));
+        server.metric(&["process_open_fds"]);
         let (before, started) = (server.proxy(|proxy| proxy.cpu_ticks()), Instant::now());
         std::thread::sleep(WATCHED);
         let used = server.proxy(|proxy| proxy.cpu_ticks()) - before;

@@ -4,8 +4,10 @@
 //! denies: a policy with parts that are unknown here, and a policy that the workload names and that is not known. Policies in dry
 //! run are evaluated the same way and only reported.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -96,12 +98,16 @@ impl fmt::Display for Decision {
 
 /// Asks the policies of a snapshot about a connection.
 pub fn authorize(snapshot: &Snapshot, connection: &Connection<'_>) -> Verdict {
+    judge(snapshot.policies_for(connection.destination), connection)
+}
+
+fn judge<'a>(policies: impl Iterator<Item = Applying<'a>>, connection: &Connection<'_>) -> Verdict {
     let view = View::of(connection);
     let mut dry_run = Vec::new();
     let mut denied = None;
     let mut allow_policies = smallvec::SmallVec::<[_; 4]>::new();
     let mut allowed = None;
-    for applying in snapshot.policies_for(connection.destination) {
+    for applying in policies {
         let policy = match applying {
             Applying::Known(policy) => policy,
             Applying::Missing(name) => {
@@ -143,6 +149,117 @@ pub fn authorize(snapshot: &Snapshot, connection: &Connection<'_>) -> Verdict {
         (None, by) => Decision::Allowed { by },
     };
     Verdict { decision, dry_run }
+}
+
+/// The policies that apply to a workload, as one snapshot has them: what live connections were last asked by.
+#[derive(Debug, Clone, Default)]
+pub struct PolicySet {
+    version: u64,
+    known: Vec<Arc<Policy>>,
+    missing: Vec<NamespacedName>,
+}
+
+/// What is different between two [`PolicySet`]s.
+#[derive(Debug, Default)]
+pub struct Difference {
+    /// Policies that apply now and did not, or not in this form.
+    new: Vec<Arc<Policy>>,
+    /// Policies that applied and do not, or not in that form.
+    old: HashSet<NamespacedName>,
+    missing: Option<NamespacedName>,
+}
+
+/// What a [`Difference`] means for a connection that was allowed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recheck {
+    /// It is still allowed, by what allowed it before.
+    Same,
+    /// It is now allowed by another policy, or denied.
+    Decided(Decision),
+    /// The policy that allowed it is no more: all of them have to be asked.
+    AskAll,
+}
+
+impl PolicySet {
+    /// The policies that apply to a workload. Costs in proportion to them.
+    pub fn of(snapshot: &Snapshot, workload: &Workload) -> Self {
+        let mut set = Self { version: snapshot.version(), ..Self::default() };
+        for applying in snapshot.policies_for(workload) {
+            match applying {
+                Applying::Known(policy) => set.known.push(policy.clone()),
+                Applying::Missing(name) => set.missing.push(name.clone()),
+            }
+        }
+        set
+    }
+
+    /// Version of the snapshot.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// What is different in a newer set. Policies are compared by where they are in memory, which snapshots share.
+    pub fn until(&self, newer: &Self) -> Difference {
+        let here = |set: &Self| set.known.iter().map(Arc::as_ptr).collect::<HashSet<_>>();
+        let (before, after) = (here(self), here(newer));
+        let new = newer.known.iter().filter(|policy| !before.contains(&Arc::as_ptr(policy))).cloned().collect();
+        let old = self.known.iter().filter(|policy| !after.contains(&Arc::as_ptr(policy)));
+        let old = old.map(|policy| policy.key()).collect();
+        Difference { new, old, missing: newer.missing.first().cloned() }
+    }
+
+    /// Asks all of them.
+    pub fn authorize(&self, connection: &Connection<'_>) -> Verdict {
+        let known = self.known.iter().map(Applying::Known);
+        judge(known.chain(self.missing.iter().map(Applying::Missing)), connection)
+    }
+}
+
+impl Difference {
+    /// Whether nothing is different, so that no connection needs to be looked at.
+    pub fn is_empty(&self) -> bool {
+        self.new.is_empty() && self.old.is_empty() && self.missing.is_none()
+    }
+
+    /// What it means for a connection that the older set allowed (`by` a policy, or because no allow policy applied). Asks
+    /// only the policies that are different, which decides nearly always:
+    /// - one that denies and matches now denies;
+    /// - what was allowed by a policy that is as it was stays allowed by it;
+    /// - where no allow policy applied, the new ones are all there are.
+    pub fn recheck(&self, connection: &Connection<'_>, by: Option<&NamespacedName>) -> Recheck {
+        let view = View::of(connection);
+        let mut denied = None;
+        let mut allow_policies = Vec::new();
+        let mut allowed = None;
+        for policy in self.new.iter().filter(|policy| !policy.dry_run) {
+            let matches = || policy.groups.iter().any(|group| view.group(group));
+            match (unsupported(policy), policy.action) {
+                (Some(why), _) => {
+                    denied.get_or_insert_with(|| Denied::Unsupported { policy: policy.key(), why });
+                }
+                (None, Action::Deny) if matches() => {
+                    return Recheck::Decided(Decision::Denied(Denied::By(policy.key())));
+                }
+                (None, Action::Deny) => {}
+                (None, Action::Allow) => {
+                    if allowed.is_none() && matches() {
+                        allowed = Some(policy.key());
+                    }
+                    allow_policies.push(policy.key());
+                }
+            }
+        }
+        if let Some(denied) = denied.or_else(|| self.missing.clone().map(Denied::Missing)) {
+            return Recheck::Decided(Decision::Denied(denied));
+        }
+        match (by, allowed) {
+            (Some(by), _) if !self.old.contains(by) => Recheck::Same,
+            (_, Some(allowed)) => Recheck::Decided(Decision::Allowed { by: Some(allowed) }),
+            (Some(_), None) => Recheck::AskAll,
+            (None, None) if allow_policies.is_empty() => Recheck::Same,
+            (None, None) => Recheck::Decided(Decision::Denied(Denied::NotAllowed(allow_policies))),
+        }
+    }
 }
 
 /// What of a policy is not understood here.

@@ -130,6 +130,7 @@ impl Node {
                 metrics: zspire_proxy::metrics::Metrics::default(),
                 connections: Table::default(),
                 authorization: mesh.authorization(),
+                discovered: mesh.discovered(),
                 on_demand: discovery.on_demand.clone().map(|demand| Arc::new(discovery::OnDemand(demand)) as _),
             }),
             pods: Pods::default(),
@@ -139,7 +140,7 @@ impl Node {
         // Set once, here.
         let _ = view.set(served.clone());
         self.serve_metrics(&served, &discovery, &tasks)?;
-        self.start_pods(&served, &mesh, &readiness)?;
+        self.start_pods(&served, &mesh, &readiness, &tasks)?;
         starting.ready();
 
         let reason = tokio::select! {
@@ -208,7 +209,7 @@ impl Node {
     }
 
     /// Starts the proxy of a dedicated pod.
-    fn start_pods(&self, served: &Served, mesh: &Mesh, readiness: &Readiness) -> anyhow::Result<()> {
+    fn start_pods(&self, served: &Served, mesh: &Mesh, readiness: &Readiness, tasks: &Tasks) -> anyhow::Result<()> {
         if !self.config.proxy {
             return Ok(());
         }
@@ -229,6 +230,10 @@ impl Node {
         };
         let proxy = Proxy::start(&self.workers, &served.shared, spec)?;
         tracing::info!(pod = %uid, listeners = ?proxy.listeners(), "pod is served");
+        let waiting = readiness.block("certificate", format!("waiting for discovery to know workload {uid}"));
+        let waited_for =
+            readiness::wait_for_certificate(uid.to_string(), mesh.follow(name), waiting, tasks.stop.clone());
+        tasks.spawn("own certificate", waited_for);
         lock(&served.pods).insert(uid, Pod { name: name.clone(), proxy });
         Ok(())
     }

@@ -84,6 +84,7 @@ pub fn start(
     let (Some(channel), Some(server)) = (channel, &config.xds) else {
         tracing::warn!("neither XDS_ADDRESS nor LOCAL_XDS_PATH is set: the mesh is empty");
         board.change(|status| status.source = "none".into());
+        mesh.is_whole();
         return Ok(Discovery { board, stats: None, on_demand: None });
     };
     let (stats, on_demand) = from_server(config, server, channel, mesh, &board, readiness, tasks);
@@ -95,6 +96,7 @@ fn from_file(local: &LocalXds, domain: TrustDomain, mesh: &Mesh, board: &Board, 
         LocalXds::Text(text) => {
             let resources = file::parse_in(text, "LOCAL_XDS", &domain).context("LOCAL_XDS")?;
             mesh.apply(resources.iter().map(zspire_xds::Resource::put));
+            mesh.is_whole();
             board.change(|status| {
                 status.source = "LOCAL_XDS".into();
                 status.connected = true;
@@ -104,6 +106,7 @@ fn from_file(local: &LocalXds, domain: TrustDomain, mesh: &Mesh, board: &Board, 
             let watcher = file::Watcher::new(path).trust_domain(domain.clone());
             let first = file::load_in(path, &domain).context("LOCAL_XDS_PATH")?;
             mesh.apply(first.changes());
+            mesh.is_whole();
             board.change(|status| {
                 status.source = path.display().to_string();
                 status.connected = true;
@@ -207,6 +210,7 @@ impl Sink for FromServer {
     }
 
     fn synced(&mut self) {
+        self.mesh.is_whole();
         if let Some(waiting) = self.waiting.take() {
             waiting.ready();
         }

@@ -34,6 +34,7 @@ struct Shared {
     state: Mutex<State>,
     reader: Reader,
     authorization: watch::Sender<u64>,
+    discovered: watch::Sender<bool>,
     source: Arc<dyn Source>,
     cluster_id: Str,
     prefetch: Option<Prefetch>,
@@ -58,8 +59,9 @@ impl Mesh {
     pub fn new(source: Arc<dyn Source>, cluster_id: &str, prefetch: Option<Prefetch>) -> Self {
         let (store, reader) = Store::new();
         let state = Mutex::new(State { store, pods: Vec::new(), held: HashMap::new() });
-        let (authorization, _) = watch::channel(0);
-        Self(Arc::new(Shared { state, reader, authorization, source, cluster_id: cluster_id.into(), prefetch }))
+        let ((authorization, _), (discovered, _)) = (watch::channel(0), watch::channel(false));
+        let cluster_id = cluster_id.into();
+        Self(Arc::new(Shared { state, reader, authorization, discovered, source, cluster_id, prefetch }))
     }
 
     /// To look things up.
@@ -70,6 +72,16 @@ impl Mesh {
     /// Changes whenever a connection that was allowed may be denied now.
     pub fn authorization(&self) -> watch::Receiver<u64> {
         self.0.authorization.subscribe()
+    }
+
+    /// Whether discovery has told everything once.
+    pub fn discovered(&self) -> watch::Receiver<bool> {
+        self.0.discovered.subscribe()
+    }
+
+    /// Discovery has told everything, workloads and policies: what the mesh does not show now is not in it.
+    pub fn is_whole(&self) {
+        self.0.discovered.send_replace(true);
     }
 
     /// Follows a pod: its workload, as soon as discovery knows one of this name, and its credentials.

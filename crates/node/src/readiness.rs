@@ -11,6 +11,10 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use zspire_identity::State as Certificate;
+use zspire_proxy::Local;
 
 /// The parts that are not ready.
 #[derive(Debug, Clone)]
@@ -69,6 +73,44 @@ impl Blocker {
     /// The part is ready.
     pub fn ready(self) {
         self.readiness.release(self.part);
+    }
+}
+
+/// Keeps the proxy of one pod unready until discovery knows its workload and the workload's certificate is there.
+pub async fn wait_for_certificate(
+    workload: String,
+    mut local: watch::Receiver<Option<Arc<Local>>>,
+    blocker: Blocker,
+    stop: CancellationToken,
+) {
+    loop {
+        let known = local.borrow_and_update().clone();
+        let Some(known) = known else {
+            blocker.because(format!("waiting for discovery to know workload {workload}"));
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = local.changed() => if changed.is_err() { return },
+            }
+            continue;
+        };
+        let mut credentials = known.credentials.clone();
+        let mut state = credentials.state();
+        loop {
+            let why = match state {
+                Certificate::Ready(_) => return blocker.ready(),
+                Certificate::Pending { why } | Certificate::Revoked { why } | Certificate::Failed { why, .. } => why,
+            };
+            let id = known.workload.identity().map(|id| id.to_string()).unwrap_or_default();
+            blocker.because(format!("waiting for the certificate of {id}: {why}"));
+            state = tokio::select! {
+                () = stop.cancelled() => return,
+                changed = local.changed() => if changed.is_err() { return } else { break },
+                changed = credentials.changed() => match changed {
+                    Some(state) => state,
+                    None => return,
+                },
+            };
+        }
     }
 }
 

@@ -31,10 +31,12 @@ pub struct Config {
     pub policy_info_logging: bool,
     /// For connecting, for a TLS handshake, and for an answer over SOCKS.
     pub handshake_timeout: Duration,
-    /// How long a connection waits for discovery to know the pod it belongs to.
+    /// How long a connection waits for discovery to have told everything and to know the pod it belongs to.
     pub workload_timeout: Duration,
     /// TLS handshakes under way at once, on each worker for each pod.
     pub handshakes: usize,
+    /// Those of one source address among them, so that one that stalls leaves room for the others.
+    pub handshakes_per_source: usize,
 }
 
 impl Default for Config {
@@ -52,6 +54,7 @@ impl Default for Config {
             handshake_timeout: Duration::from_secs(10),
             workload_timeout: Duration::from_secs(5),
             handshakes: 1024,
+            handshakes_per_source: 256,
         }
     }
 }

@@ -30,9 +30,12 @@ pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
     let refused = |reason: &'static str, why: &dyn std::fmt::Display| {
         flow::deny_early(&pod.shared().metrics, Direction::Inbound, source, Some(local), reason, why);
     };
-    let Some(handshake) = pod.handshake() else {
-        refused("handshakes", &"too many TLS handshakes are under way");
-        return accepted.refuse();
+    let handshake = match pod.handshake(source.ip()) {
+        Ok(handshake) => handshake,
+        Err(crowded) => {
+            refused("handshakes", &crowded);
+            return accepted.refuse();
+        }
     };
     match Authenticated::new(&pod, accepted).await {
         Ok(authenticated) => {
@@ -78,7 +81,7 @@ impl Unauthenticated {
 impl Authenticated {
     async fn new(pod: &Pod, accepted: Accepted) -> Result<Self, Unauthenticated> {
         let metrics = &pod.shared().metrics;
-        let local = pod.local().await.map_err(|error| Unauthenticated::new("unknown_workload", error))?;
+        let local = pod.local().await.map_err(|error| Unauthenticated::new(error.label(), error))?;
         let credentials = pod.credentials(&local).await.map_err(|failure| Unauthenticated::new("identity", failure))?;
         let started = Instant::now();
         let limit = pod.shared().config.handshake_timeout;

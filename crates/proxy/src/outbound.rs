@@ -161,6 +161,7 @@ impl Wanted {
                 Asked::Address(address) => Destination::Address(*address),
                 Asked::Hostname(name, port) => Destination::Hostname(name, *port),
             },
+            excluded: &[],
             settings: &pod.shared().config.routing,
         };
         let route = pod.mesh(|snapshot| route::route(snapshot, &request, &mut rand::rng()));

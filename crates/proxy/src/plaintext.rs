@@ -24,7 +24,7 @@ pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
     let local = match pod.local().await {
         Ok(local) => local,
         Err(error) => {
-            refused("unknown_workload", &error);
+            refused(error.label(), &error);
             return accepted.refuse();
         }
     };

@@ -1,7 +1,10 @@
 //! What a pod's proxy knows of its pod: the workload, as discovery has it, and the workload's credentials.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,7 +56,9 @@ struct Inner {
     tunnels: Tunnels,
     live: Rc<Registry>,
     connections: Tasks,
-    handshakes: RefCell<usize>,
+    /// What [`Shared::discovered`] was last seen to say: it never turns back.
+    discovered: Cell<bool>,
+    handshakes: RefCell<Handshakes>,
     drain: CancellationToken,
 }
 
@@ -68,7 +73,8 @@ impl Pod {
             tunnels,
             live: Rc::default(),
             connections: Tasks::default(),
-            handshakes: RefCell::new(0),
+            discovered: Cell::new(false),
+            handshakes: RefCell::default(),
             drain,
         }))
     }
@@ -109,14 +115,24 @@ impl Pod {
     }
 
     /// The pod as discovery knows it; waited for, since a pod may be faster than the news of it.
+    ///
+    /// Discovery must have told everything once before anything is decided: without the policies every connection would be
+    /// allowed, and without the workloads every destination would be outside the mesh.
     pub(crate) async fn local(&self) -> Result<Arc<Local>, NotKnown> {
+        let limit = self.0.shared.config.workload_timeout;
+        let deadline = Instant::now() + limit;
+        if !self.0.discovered.get() {
+            let mut discovered = self.0.shared.discovered.clone();
+            match timeout_at(deadline, discovered.wait_for(|discovered| *discovered)).await {
+                Ok(Ok(_)) => self.0.discovered.set(true),
+                _ => return Err(NotKnown::Mesh { pod: self.0.uid.clone(), after: limit }),
+            }
+        }
         if let Some(local) = self.known() {
             return Ok(local);
         }
-        let limit = self.0.shared.config.workload_timeout;
         let mut changes = self.0.local.clone();
-        let known = timeout_at(Instant::now() + limit, changes.wait_for(Option::is_some)).await;
-        match known {
+        match timeout_at(deadline, changes.wait_for(Option::is_some)).await {
             Ok(Ok(known)) => known.clone().ok_or_else(|| self.not_known(limit)),
             _ => Err(self.not_known(limit)),
         }
@@ -128,7 +144,7 @@ impl Pod {
     }
 
     fn not_known(&self, after: Duration) -> NotKnown {
-        NotKnown { pod: self.0.uid.clone(), after }
+        NotKnown::Workload { pod: self.0.uid.clone(), after }
     }
 
     /// The pod's credentials; waited for.
@@ -137,14 +153,12 @@ impl Pod {
         local.credentials.ready(deadline).await.map_err(|error| Failure::new(Flag::IdentityError, error))
     }
 
-    /// Leave for one more handshake; none if too many are under way.
-    pub(crate) fn handshake(&self) -> Option<Handshake> {
-        let mut under_way = self.0.handshakes.borrow_mut();
-        if *under_way >= self.0.shared.config.handshakes {
-            return None;
-        }
-        *under_way += 1;
-        Some(Handshake(self.clone()))
+    /// Leave for one more handshake with a peer at this address.
+    pub(crate) fn handshake(&self, peer: IpAddr) -> Result<Handshake, Crowded> {
+        let config = &self.0.shared.config;
+        let of = neighbourhood(peer);
+        self.0.handshakes.borrow_mut().begin(of, config.handshakes, config.handshakes_per_source)?;
+        Ok(Handshake { pod: self.clone(), of })
     }
 
     /// Cuts what the newest policies deny and what runs on credentials that were taken away; runs until dropped.
@@ -191,20 +205,115 @@ impl fmt::Debug for Pod {
     }
 }
 
-/// Discovery does not know the pod.
+/// Discovery does not know the pod, or has not told everything yet.
 #[derive(Debug, thiserror::Error)]
-#[error("timed out after {after:?} waiting for workload {pod} from discovery")]
-pub(crate) struct NotKnown {
-    pod: Str,
-    after: Duration,
+pub(crate) enum NotKnown {
+    #[error("timed out after {after:?} waiting for workload {pod} from discovery")]
+    Workload { pod: Str, after: Duration },
+    #[error(
+        "timed out after {after:?} waiting for discovery to tell all workloads and policies, without which nothing is decided for {pod}"
+    )]
+    Mesh { pod: Str, after: Duration },
+}
+
+impl NotKnown {
+    /// A short name for metrics.
+    pub(crate) fn label(&self) -> &'static str {
+        match self {
+            Self::Workload { .. } => "unknown_workload",
+            Self::Mesh { .. } => "no_discovery",
+        }
+    }
+}
+
+/// The handshakes under way: all, and those of each source. The table has no more entries than there are handshakes.
+#[derive(Debug, Default)]
+struct Handshakes {
+    all: usize,
+    by_source: HashMap<IpAddr, usize>,
+}
+
+impl Handshakes {
+    fn begin(&mut self, of: IpAddr, all: usize, of_one: usize) -> Result<(), Crowded> {
+        if self.all >= all {
+            return Err(Crowded::All);
+        }
+        let own = self.by_source.entry(of).or_default();
+        if *own >= of_one {
+            return Err(Crowded::Source);
+        }
+        *own += 1;
+        self.all += 1;
+        Ok(())
+    }
+
+    fn end(&mut self, of: IpAddr) {
+        self.all -= 1;
+        if let Entry::Occupied(mut own) = self.by_source.entry(of) {
+            *own.get_mut() -= 1;
+            if *own.get() == 0 {
+                own.remove();
+            }
+        }
+        if self.by_source.is_empty() {
+            self.by_source.shrink_to_fit();
+        }
+    }
+}
+
+/// Whose share an address has. An IPv6 host may take any address of its /64, so that is what counts.
+fn neighbourhood(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => IpAddr::V6((u128::from(v6) & !u128::from(u64::MAX)).into()),
+        v4 => v4,
+    }
+}
+
+/// No leave for a handshake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Crowded {
+    #[error("too many TLS handshakes are under way")]
+    All,
+    #[error("too many TLS handshakes are under way from this address")]
+    Source,
 }
 
 /// A TLS handshake under way.
 #[derive(Debug)]
-pub(crate) struct Handshake(Pod);
+pub(crate) struct Handshake {
+    pod: Pod,
+    of: IpAddr,
+}
 
 impl Drop for Handshake {
     fn drop(&mut self) {
-        *self.0.0.handshakes.borrow_mut() -= 1;
+        self.pod.0.handshakes.borrow_mut().end(self.of);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_source_cannot_take_all_handshakes() {
+        let mut under_way = Handshakes::default();
+        let at = |text: &str| neighbourhood(text.parse().unwrap());
+        let (stalling, other) = (at("10.0.0.1"), at("10.0.0.2"));
+        for _ in 0..2 {
+            under_way.begin(stalling, 4, 2).unwrap();
+        }
+        assert_eq!(under_way.begin(stalling, 4, 2), Err(Crowded::Source));
+        assert_eq!(under_way.begin(at("::ffff:10.0.0.1"), 4, 2), Err(Crowded::Source));
+        under_way.begin(other, 4, 2).unwrap();
+        under_way.end(stalling);
+        under_way.begin(stalling, 4, 2).unwrap();
+        under_way.begin(at("fd00::1:2:3:4"), 4, 2).unwrap();
+        assert_eq!(under_way.begin(at("fd00::1"), 4, 2), Err(Crowded::All));
+        assert_eq!(at("fd00::1"), at("fd00::1:2:3:4"));
+        for of in [stalling, stalling, other, at("fd00::")] {
+            under_way.end(of);
+        }
+        assert!(under_way.by_source.is_empty() && under_way.all == 0);
     }
 }

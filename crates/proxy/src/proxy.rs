@@ -38,6 +38,8 @@ pub struct Shared {
     pub connections: Table,
     /// Changes whenever a connection that was allowed may be denied now.
     pub authorization: watch::Receiver<u64>,
+    /// Whether the mesh has been told as a whole, workloads and policies; never false again once it is true.
+    pub discovered: watch::Receiver<bool>,
     /// Asks for what the mesh does not show; none if it shows all that there is.
     pub on_demand: Option<Arc<dyn OnDemand>>,
 }

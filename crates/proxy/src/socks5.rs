@@ -10,6 +10,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::accept::Accepted;
+use crate::flow::{self, Direction};
 use crate::outbound::{Asked, Wanted};
 use crate::pod::Pod;
 
@@ -39,10 +40,17 @@ pub(crate) async fn serve(pod: Pod, mut accepted: Accepted) {
         Err(_) => return tracing::debug!(source = %accepted.source, "SOCKS5 request not finished in time"),
     };
     // The application came over loopback, and its connection leaves from the pod's address.
-    let source = match pod.local().await.ok().and_then(|local| local.workload.addresses.first().copied()) {
-        Some(ip) => SocketAddr::new(ip, accepted.source.port()),
-        None => accepted.source,
+    let source = match pod.local().await {
+        Ok(local) => local.workload.addresses.first().map(|ip| SocketAddr::new(*ip, accepted.source.port())),
+        Err(error) => {
+            let metrics = &pod.shared().metrics;
+            flow::deny_early(metrics, Direction::Outbound, accepted.source, None, error.label(), &error);
+            // An application that does not take the answer is refused all the same.
+            let _ = answer(&mut accepted.socket, Reply::GeneralFailure, (Ipv4Addr::UNSPECIFIED, 0).into()).await;
+            return;
+        }
     };
+    let source = source.unwrap_or(accepted.source);
     let established = Wanted { source, destination: asked }.establish(&pod).await;
     let (reply, bound) = match &established {
         Ok(established) => (Reply::Succeeded, established.local_address()),

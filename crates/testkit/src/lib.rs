@@ -11,6 +11,7 @@
 
 pub mod app;
 pub mod capture;
+pub mod discovery;
 pub mod mesh;
 pub mod peer;
 pub mod plan;
@@ -21,6 +22,7 @@ pub mod scenario;
 pub mod wait;
 
 pub use app::{Ending, Listener, ending, hear, say};
+pub use discovery::Discovery;
 pub use mesh::Mesh;
 pub use peer::Peer;
 pub use plan::{captured, mesh, uncaptured};

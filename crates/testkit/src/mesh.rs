@@ -125,6 +125,11 @@ impl Mesh {
         self.world.folder.path().join(name)
     }
 
+    /// The namespace between the nodes.
+    pub fn uplink(&self) -> &Netns {
+        self.topology.uplink()
+    }
+
     /// Records the packets between the first node and the second.
     #[track_caller]
     pub fn record(&self) -> Recording {

@@ -248,6 +248,12 @@ impl Plan {
         self.pods.iter_mut().find(|it| it.name == pod).expect("a pod of the mesh").listed = false;
     }
 
+    /// Puts it back.
+    #[track_caller]
+    pub fn remember(&mut self, pod: &str) {
+        self.pods.iter_mut().find(|it| it.name == pod).expect("a pod of the mesh").listed = true;
+    }
+
     /// Takes all policies away.
     pub fn remove_policies(&mut self) {
         self.policies.clear();

@@ -1,6 +1,7 @@
 //! Policies and what they say about connections.
 
 use expect_test::{Expect, expect};
+use proptest::prelude::*;
 
 use super::*;
 use crate::ServiceAccountMatch;
@@ -335,4 +336,88 @@ fn a_policy_that_is_named_and_not_known_denies() {
     check(&[], &naming, &expect!["policy ns/gone applies to the workload and is not known"]);
     check(&[allow("a", true)], &naming, &expect!["policy ns/gone applies to the workload and is not known"]);
     check(&[deny("d", true)], &naming, &expect!["explicitly denied by: ns/d"]);
+}
+
+/// What can become of a policy between two snapshots.
+#[derive(Debug, Clone)]
+struct Fate {
+    before: Option<Policy>,
+    after: Option<Policy>,
+    named: (bool, bool),
+}
+
+fn any_policy(number: usize) -> impl Strategy<Value = Option<Policy>> {
+    let kind = (0..3usize, any::<bool>(), 0..3usize, any::<bool>(), any::<bool>());
+    prop::option::weighted(0.7, kind).prop_map(move |kind| {
+        let (scope, denies, matches, dry_run, broken) = kind?;
+        let scope = [Scope::Global, Scope::Namespace, Scope::WorkloadSelector][scope];
+        let action = if denies { Action::Deny } else { Action::Allow };
+        Some(policy(&format!("p{number}"), action, here(matches == 0)).with(|it| {
+            it.scope = scope;
+            it.dry_run = dry_run && matches == 1;
+            it.unsupported = (broken && matches == 2 && scope != Scope::Global).then(|| "a field of tomorrow".into());
+        }))
+    })
+}
+
+fn any_fate(number: usize) -> impl Strategy<Value = Fate> {
+    let kept = any::<bool>();
+    let fate = (any_policy(number), any_policy(number), kept, any::<bool>(), any::<bool>());
+    fate.prop_map(|(before, after, kept, was_named, is_named)| {
+        let after = if kept { before.clone() } else { after };
+        Fate { before, after, named: (was_named, is_named) }
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    /// What only the difference says is what all policies say.
+    #[test]
+    fn the_difference_decides_as_all_policies_would(
+        fates in (any_fate(0), any_fate(1), any_fate(2), any_fate(3)),
+    ) {
+        let fates = [fates.0, fates.1, fates.2, fates.3];
+        let names = |named: fn(&Fate) -> bool| {
+            let named = fates.iter().enumerate().filter(|(_, fate)| named(fate));
+            named.map(|(number, _)| policy_key(&format!("p{number}"))).collect::<Vec<_>>()
+        };
+        // A policy that is named and not there denies everything, which would hide the rest: only some runs have that.
+        let before = server().with(|it| it.authorization_policies = names(|fate| fate.named.0 && fate.before.is_some()).into());
+        let after = server().with(|it| it.authorization_policies = names(|fate| fate.named.1).into());
+        let (mut store, reader) = crate::Store::new();
+        store.apply(fates.iter().filter_map(|fate| fate.before.clone()).map(crate::Change::from));
+        let older = PolicySet::of(&reader.load(), &before);
+        store.apply(fates.iter().enumerate().map(|(number, fate)| match fate.after.clone() {
+            Some(policy) => policy.into(),
+            None => crate::Change::RemovePolicy(policy_key(&format!("p{number}"))),
+        }));
+        let newer = PolicySet::of(&reader.load(), &after);
+        let difference = older.until(&newer);
+        let peer = CLIENT.parse().unwrap();
+        let Decision::Allowed { by } = older.authorize(&connection(&before, Some(&peer))).decision else {
+            return Ok(());
+        };
+        let all = newer.authorize(&connection(&after, Some(&peer))).decision;
+        let is_allowed = |decision: &Decision| matches!(decision, Decision::Allowed { .. });
+        let asked = authorize(&reader.load(), &connection(&after, Some(&peer)));
+        prop_assert_eq!(is_allowed(&all), asked.is_allowed());
+        if difference.is_empty() {
+            prop_assert!(is_allowed(&all));
+        }
+        match difference.recheck(&connection(&after, Some(&peer)), by.as_ref()) {
+            Recheck::AskAll => {}
+            Recheck::Same => {
+                prop_assert!(is_allowed(&all));
+                // It can be relied on the next time: there is such a policy, or there is none that allows.
+                let allows = newer.known.iter().filter(|policy| policy.action == Action::Allow && !policy.dry_run);
+                let allows: Vec<_> = allows.map(|policy| policy.key()).collect();
+                match &by {
+                    Some(by) => prop_assert!(allows.contains(by)),
+                    None => prop_assert!(allows.is_empty()),
+                }
+            }
+            Recheck::Decided(decision) => prop_assert_eq!(is_allowed(&decision), is_allowed(&all), "{:?} {:?}", decision, all),
+        }
+    }
 }

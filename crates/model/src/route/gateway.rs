@@ -110,6 +110,9 @@ impl<R: RngCore> Router<'_, R> {
                     Some(service) => self.choose_instance(service, gateway.hbone_port),
                     None => {
                         let workload = self.snapshot.workload_at(&at.network, at.address)?.clone();
+                        if self.is_excluded(&workload) {
+                            return None;
+                        }
                         let target = Target::Address((at.address, gateway.hbone_port).into());
                         Some(Found { workload, service: None, target })
                     }
@@ -120,7 +123,8 @@ impl<R: RngCore> Router<'_, R> {
 
     fn by_hostname(&self, name: &NamespacedHostname, port: u16) -> Option<Found> {
         let named = self.snapshot.workloads_named(&name.hostname);
-        let workload = named.iter().find(|workload| workload.namespace == name.namespace)?.clone();
+        let is_it = |workload: &&Arc<Workload>| workload.namespace == name.namespace && !self.is_excluded(workload);
+        let workload = named.iter().find(is_it)?.clone();
         let target = match workload.addresses.first() {
             Some(address) => Target::Address((*address, port).into()),
             None => Target::Resolve { hostname: workload.hostname.clone(), port },
@@ -137,10 +141,14 @@ impl<R: RngCore> Router<'_, R> {
                 .or(workload.application_tunnel.map(|tunnel| tunnel.port.unwrap_or(number)))
         };
         let v6 = self.request.destination.is_v6();
+        let excluded = self.request.excluded;
         let eligible = |workload: &Workload| {
-            target(workload).is_some() && (address(workload, &service, v6).is_some() || !workload.hostname.is_empty())
+            target(workload).is_some()
+                && (address(workload, &service, v6).is_some() || !workload.hostname.is_empty())
+                && !excluded.contains(&workload.uid)
         };
         let endpoints = self.snapshot.endpoints(&key)?;
+        self.choices = self.choices.max(endpoints.len());
         let workload = endpoints.choose(self.request.source, self.rng, eligible)?.workload.clone();
         let port = target(&workload)?;
         let target = match address(&workload, &service, v6) {

@@ -50,6 +50,8 @@ pub struct RouteRequest<'a> {
     pub source_address: IpAddr,
     /// What it asks for.
     pub destination: Destination<'a>,
+    /// UIDs of endpoints, waypoints and gateways that have just failed: they are not chosen again.
+    pub excluded: &'a [Str],
     /// The proxy's settings.
     pub settings: &'a Settings,
 }
@@ -88,6 +90,8 @@ pub struct Route {
     pub service: Option<Arc<Service>>,
     /// The steps of the decision.
     pub why: Why,
+    /// Among how many workloads the one at the other end was chosen: with more than one, another may be tried.
+    pub choices: usize,
 }
 
 /// How to get there.
@@ -237,9 +241,9 @@ pub enum Reject {
 
 /// Decides where a connection goes.
 pub fn route(snapshot: &Snapshot, request: &RouteRequest<'_>, rng: &mut impl RngCore) -> Route {
-    let mut router = Router { snapshot, request, rng, service: None, why: Why::new() };
+    let mut router = Router { snapshot, request, rng, service: None, why: Why::new(), choices: 1 };
     let decision = router.decide();
-    Route { decision, service: router.service, why: router.why }
+    Route { decision, service: router.service, why: router.why, choices: router.choices }
 }
 
 /// One decision under way.
@@ -249,6 +253,7 @@ struct Router<'a, R> {
     rng: &'a mut R,
     service: Option<Arc<Service>>,
     why: Why,
+    choices: usize,
 }
 
 /// An endpoint and the port of it that is meant.
@@ -286,6 +291,11 @@ impl<R: RngCore> Router<'_, R> {
                 }
             }
         }
+    }
+
+    /// Whether a workload has just failed.
+    fn is_excluded(&self, workload: &Workload) -> bool {
+        self.request.excluded.contains(&workload.uid)
     }
 
     fn refuse_own_ports(&self) -> Result<(), Reject> {
@@ -362,12 +372,15 @@ impl<R: RngCore> Router<'_, R> {
             return Err(Reject::UnknownPort { service: key, port: number });
         };
         let target = |workload: &Workload| own_port(workload, &key, number).or(port.target);
+        let excluded = self.request.excluded;
         let eligible = |workload: &Workload| {
-            target(workload).is_some() && (address(workload, service, None).is_some() || !workload.hostname.is_empty())
+            target(workload).is_some()
+                && (address(workload, service, None).is_some() || !workload.hostname.is_empty())
+                && !excluded.contains(&workload.uid)
         };
-        let choice = self
-            .snapshot
-            .endpoints(&key)
+        let endpoints = self.snapshot.endpoints(&key);
+        self.choices = endpoints.map_or(0, |endpoints| endpoints.len());
+        let choice = endpoints
             .and_then(|endpoints| endpoints.choose(self.request.source, self.rng, eligible))
             .ok_or(Reject::NoHealthyUpstream { service: key.clone(), port: number })?;
         let workload = choice.workload.clone();

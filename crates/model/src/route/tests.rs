@@ -50,6 +50,7 @@ fn go_with(mesh: &Mesh, source: &Workload, to: &str, settings: &Settings, rng: &
         source,
         source_address: source.addresses.first().copied().unwrap_or(IpAddr::from([127, 0, 0, 6])),
         destination: destination(to),
+        excluded: &[],
         settings,
     };
     route(&mesh.snapshot(), &request, rng)
