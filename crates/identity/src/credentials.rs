@@ -11,7 +11,6 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::NoServerSessionStorage;
 use rustls::{ClientConfig, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
 use zspire_model::SpiffeId;
 
 use crate::bundle::Bundles;
@@ -158,8 +157,7 @@ impl Credentials {
         config.dangerous().set_certificate_verifier(Arc::new(verifier));
         // Neither sent (no SNI) nor compared: identities are SPIFFE IDs.
         let unused = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
-        let stream = TlsConnector::from(Arc::new(config)).connect(unused, io).await.map_err(tls::Error::from_io)?;
-        let stream = Stream::new(stream);
+        let stream = Stream::connect(io, Arc::new(config), unused).await.map_err(tls::Error::from_io)?;
         stream.require_alpn()?;
         let peer = stream.peer()?.ok_or(tls::Error::NoCertificate)?;
         Ok((stream, peer))
@@ -172,8 +170,7 @@ impl Credentials {
     where
         IO: AsyncRead + AsyncWrite + Unpin,
     {
-        let stream = TlsAcceptor::from(self.server.clone()).accept(io).await.map_err(tls::Error::from_io)?;
-        let stream = Stream::new(stream);
+        let stream = Stream::accept(io, self.server.clone()).await.map_err(tls::Error::from_io)?;
         stream.require_alpn()?;
         let peer = stream.peer()?.ok_or(tls::Error::NoCertificate)?;
         Ok((stream, peer))

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_rustls::TlsAcceptor;
 
 use crate::bundle::Bundles;
 use crate::clock::{Clock, TlsTime};
@@ -46,8 +45,7 @@ impl Acceptor {
     where
         IO: AsyncRead + AsyncWrite + Unpin,
     {
-        let stream = TlsAcceptor::from(self.0.clone()).accept(io).await.map_err(tls::Error::from_io)?;
-        let stream = Stream::new(stream);
+        let stream = Stream::accept(io, self.0.clone()).await.map_err(tls::Error::from_io)?;
         let peer = stream.peer()?;
         Ok((stream, peer))
     }

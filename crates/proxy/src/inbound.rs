@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
-use zspire_hbone::{Ended, Handler, Incoming, Malformed, ReadAhead, ResponseHead, StatusCode, Stream, Target};
+use zspire_hbone::{Ended, Handler, Incoming, Malformed, ResponseHead, StatusCode, Stream, Target};
 use zspire_identity::Peer;
 use zspire_identity::tls;
 use zspire_model::inbound::{self, Inbound, InboundRequest};
@@ -49,7 +49,7 @@ pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
 
 /// A connection whose peer has proved its identity.
 struct Authenticated {
-    stream: tls::ServerTls<ReadAhead<TcpStream>>,
+    stream: tls::ServerTls<TcpStream>,
     tunnel: Tunnel,
     /// When one of the two certificates expires.
     until: Instant,
@@ -85,7 +85,7 @@ impl Authenticated {
         let credentials = pod.credentials(&local).await.map_err(|failure| Unauthenticated::new("identity", failure))?;
         let started = Instant::now();
         let limit = pod.shared().config.handshake_timeout;
-        let handshake = credentials.accept(ReadAhead::new(accepted.socket));
+        let handshake = credentials.accept(accepted.socket);
         let (stream, peer) = match timeout(limit, handshake).await {
             Ok(Ok(accepted)) => accepted,
             Ok(Err(error)) => {

@@ -4,11 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
-use zspire_hbone::{
-    Connected, Ended, OpenError, Pool, PoolConfig, ReadAhead, Request, ResponseHead, StatusCode, Stream, Tunnel,
-};
+use zspire_hbone::{Connected, Ended, OpenError, Pool, PoolConfig, Request, ResponseHead, StatusCode, Stream, Tunnel};
 use zspire_identity::{Credentials, ExpectedPeers, tls};
 use zspire_model::SpiffeId;
 
@@ -80,8 +77,7 @@ async fn make(
     credentials: Arc<Credentials>,
 ) -> Result<Connected, Failure> {
     let socket = sockets.connect(key.destination, key.source_address).await?;
-    let (tunnel, driver, until) =
-        over(&shared, ReadAhead::<TcpStream>::new(socket), &credentials, &key.expected).await?;
+    let (tunnel, driver, until) = over(&shared, socket, &credentials, &key.expected).await?;
     let driver = Box::pin(async move {
         let ended = driver.await;
         match ended {

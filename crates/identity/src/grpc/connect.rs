@@ -10,7 +10,6 @@ use std::time::Duration;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::net::{TcpSocket, TcpStream};
-use tokio_rustls::TlsConnector;
 
 use super::client_identity::ClientIdentity;
 use super::roots::{self, Roots};
@@ -49,8 +48,7 @@ impl Tls {
         config.alpn_protocols = vec![alpn.to_vec()];
         // The client certificate is to be checked on every connection.
         config.resumption = rustls::client::Resumption::disabled();
-        let stream = TlsConnector::from(Arc::new(config)).connect(name, tcp).await;
-        Ok(Stream::new(stream.map_err(|e| Error::Tls(tls::Error::from_io(e)))?))
+        Stream::connect(tcp, Arc::new(config), name).await.map_err(|e| Error::Tls(tls::Error::from_io(e)))
     }
 }
 

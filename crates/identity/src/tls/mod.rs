@@ -3,7 +3,9 @@
 //! A resumed session would skip the check of the peer's certificate, so neither side keeps or offers any
 //! (rustls' server keeps 256 by default). What a policy allows is decided once per process in [`Policy`].
 
+mod buffer;
 mod error;
+mod session;
 mod stream;
 pub(crate) mod verify;
 
