@@ -23,6 +23,7 @@ pub mod per_identity;
 pub mod revocation;
 pub mod serving;
 pub mod source;
+pub mod spire;
 pub mod stats;
 pub mod tls;
 pub mod x509;

@@ -16,7 +16,7 @@ use std::time::SystemTime;
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self as provider, cipher_suite as suite, kx_group};
 use rustls::pki_types::CertificateDer;
-use zspire_model::SpiffeId;
+use zspire_model::{SpiffeId, TrustDomain};
 
 pub use error::{Error, Fault, Rejection};
 pub use stream::{ClientTls, ServerTls, Stream};
@@ -92,24 +92,43 @@ impl fmt::Debug for Policy {
     }
 }
 
-/// The identities that a server may have; nobody else is talked to. Sorted, so equal sets are equal keys.
+/// The identities that a server may have; nobody else is talked to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ExpectedPeers(Arc<[SpiffeId]>);
+pub struct ExpectedPeers(Expected);
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Expected {
+    /// Sorted, so equal sets are equal keys.
+    These(Arc<[SpiffeId]>),
+    /// All that begin with this, which ends with a slash.
+    Below(Arc<str>),
+}
 
 impl ExpectedPeers {
     /// Exactly this one.
     pub fn one(id: SpiffeId) -> Self {
-        Self(Arc::new([id]))
+        Self(Expected::These(Arc::new([id])))
+    }
+
+    /// Every one of a trust domain whose path is below `folder`.
+    pub fn below(domain: &TrustDomain, folder: &str) -> Self {
+        Self(Expected::Below(format!("spiffe://{domain}/{}/", folder.trim_matches('/')).into()))
     }
 
     /// Whether `id` is among them.
     pub fn contains(&self, id: &SpiffeId) -> bool {
-        self.0.binary_search(id).is_ok()
+        match &self.0 {
+            Expected::These(ids) => ids.binary_search(id).is_ok(),
+            Expected::Below(prefix) => id.as_str().starts_with(&**prefix),
+        }
     }
 
-    /// All of them, in order.
+    /// Those that are named one by one, in order.
     pub fn iter(&self) -> impl Iterator<Item = &SpiffeId> {
-        self.0.iter()
+        match &self.0 {
+            Expected::These(ids) => ids.iter(),
+            Expected::Below(_) => [].iter(),
+        }
     }
 }
 
@@ -118,13 +137,17 @@ impl FromIterator<SpiffeId> for ExpectedPeers {
         let mut ids: Vec<_> = iter.into_iter().collect();
         ids.sort();
         ids.dedup();
-        Self(ids.into())
+        Self(Expected::These(ids.into()))
     }
 }
 
 impl fmt::Display for ExpectedPeers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0[..] {
+        let ids = match &self.0 {
+            Expected::Below(prefix) => return write!(f, "one below {prefix}"),
+            Expected::These(ids) => ids,
+        };
+        match &ids[..] {
             [] => f.write_str("nobody"),
             [one] => one.fmt(f),
             [first, rest @ ..] => {

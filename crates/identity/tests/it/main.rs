@@ -7,5 +7,6 @@ mod issuance;
 mod local;
 mod revocation;
 mod schedule;
+mod spire;
 mod support;
 mod tls;

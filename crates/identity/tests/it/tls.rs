@@ -151,7 +151,7 @@ async fn present(ca: &TestCa, uris: &[&str], change: impl FnOnce(&mut Certificat
     client.unwrap_err()
 }
 
-fn der_of(key: &PrivateKey) -> Vec<u8> {
+pub(crate) fn der_of(key: &PrivateKey) -> Vec<u8> {
     use rustls::pki_types::pem::PemObject as _;
     rustls::pki_types::PrivatePkcs8KeyDer::from_pem_slice(key.to_pem().as_bytes()).unwrap().secret_pkcs8_der().to_vec()
 }

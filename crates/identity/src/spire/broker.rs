@@ -1,0 +1,132 @@
+//! The SPIFFE Broker API: SVIDs of referenced workloads, over mutual TLS with the proxy's own SVID, also on a Unix socket.
+//!
+//! The proxy's own SVID comes from the Workload API and is renewed there; every connection is made with the newest. Whoever
+//! answers must prove to be an agent: SPIRE shows the agent's SVID, whose ID is below `/spire/agent/`, where no workload can be
+//! registered.
+
+use std::io;
+
+use async_trait::async_trait;
+use futures::StreamExt as _;
+use http::{HeaderName, HeaderValue};
+use prost_types::Any;
+use tokio::time::{Duration, Instant};
+use tonic::Code;
+use zspire_model::SpiffeId;
+use zspire_wire::broker::api_client::ApiClient;
+use zspire_wire::broker::{
+    KubernetesObjectReference, KubernetesObjectType, SubscribeToX509svidRequest, SubscribeToX509svidResponse,
+    WorkloadPidReference, WorkloadReference,
+};
+
+use super::decode::{self, MAX_MESSAGE, Malformed, Sent};
+use super::{Agent, Endpoint, Meaning, Reference, Refusal, Update, Updates};
+use crate::grpc::Channel;
+use crate::source::Watch;
+use crate::tls::{Error as TlsError, ExpectedPeers, Stream};
+
+/// How long a connection waits for the proxy's own SVID.
+const OWN_SVID: Duration = Duration::from_secs(5);
+
+/// Who may answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExpectedAgent {
+    /// Any agent of the proxy's own trust domain: `spiffe://<trust domain>/spire/agent/…`
+    AnyOfTrustDomain,
+    /// Exactly this one.
+    Exactly(SpiffeId),
+}
+
+/// Asks the Broker API.
+#[derive(Debug, Clone)]
+pub struct Broker {
+    channel: Channel,
+}
+
+impl Broker {
+    /// Connects when it is first asked. `own` are the proxy's own credentials.
+    pub fn new(endpoint: Endpoint, own: Watch, expected: ExpectedAgent) -> Self {
+        let connect = move || {
+            let (to, own, expected) = (endpoint.clone(), own.clone(), expected.clone());
+            async move { open(&to, &own, &expected).await }
+        };
+        let header = (HeaderName::from_static("broker.spiffe.io"), HeaderValue::from_static("true"));
+        Self { channel: Channel::over(connect, None, vec![header]) }
+    }
+}
+
+async fn open(to: &Endpoint, own: &Watch, expected: &ExpectedAgent) -> io::Result<Stream<super::endpoint::Io>> {
+    let own = own.ready(Instant::now() + OWN_SVID).await;
+    let own = own.map_err(|e| io::Error::other(format!("the proxy's own SVID (SPIFFE_ENDPOINT_SOCKET): {e}")))?;
+    let socket = to.connect().await?;
+    let expected = match expected {
+        ExpectedAgent::Exactly(id) => ExpectedPeers::one(id.clone()),
+        ExpectedAgent::AnyOfTrustDomain => ExpectedPeers::below(own.id().trust_domain(), "/spire/agent/"),
+    };
+    let told = |error: TlsError| io::Error::other(format!("TLS with the SPIRE agent at {to}: {}", chain(&error)));
+    let (stream, _) = own.connect(socket, &expected).await.map_err(told)?;
+    Ok(stream)
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+#[async_trait]
+impl Agent for Broker {
+    fn name(&self) -> &'static str {
+        "spire-broker"
+    }
+
+    async fn subscribe(&self, reference: &Reference) -> Result<Updates, Refusal> {
+        let reference = WorkloadReference { reference: Some(packed(reference)?) };
+        let request = SubscribeToX509svidRequest { reference: Some(reference) };
+        let about_workload = |code| matches!(code, Code::NotFound | Code::PermissionDenied);
+        let refusal = move |status: &tonic::Status| Refusal::from_status(status, about_workload);
+        let mut client = ApiClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE);
+        let opened = client.subscribe_to_x509svid(request).await;
+        let stream = opened.map_err(|status| refusal(&status))?.into_inner();
+        let updates = stream.map(move |message| match message {
+            Ok(message) => update(message).map_err(|e| Refusal::outage("Malformed", e.to_string())),
+            Err(status) => Err(refusal(&status)),
+        });
+        Ok(Box::pin(updates))
+    }
+}
+
+/// The type URLs are compared to the letter.
+fn packed(reference: &Reference) -> Result<Any, Refusal> {
+    use prost::Message as _;
+    let any = |name: &str, value: Vec<u8>| Any { type_url: format!("type.googleapis.com/spiffe.broker.{name}"), value };
+    match reference {
+        Reference::Pod { uid } => {
+            let kind = KubernetesObjectType { plural: "pods".into(), group: "core".into() };
+            let pod = KubernetesObjectReference { r#type: Some(kind), key: None, uid: uid.to_string() };
+            Ok(any("KubernetesObjectReference", pod.encode_to_vec()))
+        }
+        Reference::Process(process) => {
+            Ok(any("WorkloadPIDReference", WorkloadPidReference { pid: process.pid() }.encode_to_vec()))
+        }
+        Reference::Selectors(_) | Reference::Own => {
+            let why = "the Broker API takes pods and process IDs only";
+            Err(Refusal { meaning: Meaning::Mistake, code: "InvalidArgument", why: why.into() })
+        }
+    }
+}
+
+fn update(message: SubscribeToX509svidResponse) -> Result<Update, Malformed> {
+    let sent = message.svids.into_iter().map(|svid| Sent {
+        id: svid.spiffe_id,
+        chain: svid.x509_svid,
+        key: svid.x509_svid_key,
+        bundle: svid.bundle,
+        hint: svid.hint,
+    });
+    decode::update(sent, &message.federated_bundles)
+}

@@ -1,0 +1,434 @@
+//! The source: one stream to the agent for each workload, kept open while the workload is there.
+//!
+//! Tasks: one for each workload, owned by [`Driver::run`]. A workload's task is the only writer of its state.
+//!
+//! ```text
+//!           ┌─────────── back-off, or somebody waits ───────────┐
+//!           ▼                                                   │
+//!  Waiting ───▶ locate ───▶ Opening ───▶ Streaming ── ended ────┤
+//!                  │            └── refused ────────────────────┤
+//!                  └── nothing to ask about yet ────────────────┘
+//! ```
+//! An agent looks at a workload's selectors once, when the stream is opened. While nothing matches it is therefore opened again
+//! from time to time, and not merely waited for.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use rand::Rng as _;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use zspire_model::{SpiffeId, Str};
+
+use super::held::{Held, Outcome, Story};
+use super::select::Wanted;
+use super::{Agent, Locate, Meaning, Process, Reference, Refusal, Update, Updates};
+use crate::clock::{Clock, SystemClock};
+use crate::source::{Entry, Priority, Source, State, Watch, WorkloadKey};
+use crate::stats::Stats;
+use crate::tls::Policy;
+
+/// Longest time until a stream is open.
+const OPEN: Duration = Duration::from_secs(30);
+/// First pause after a failure; it doubles with each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// Longest pause after failures.
+const MAX_PAUSE: Duration = Duration::from_secs(30);
+/// Pause after an answer that says that the question is wrong.
+const MISTAKE_PAUSE: Duration = Duration::from_secs(600);
+/// Somebody who waits ends a pause, but not more often than this.
+const ON_DEMAND_INTERVAL: Duration = Duration::from_secs(1);
+/// Wall clocks jump; nothing that depends on one sleeps for longer than this.
+const RECHECK: Duration = Duration::from_secs(10);
+
+/// How the source is run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// What TLS may use.
+    pub policy: Policy,
+    /// The clock that SVIDs are checked by.
+    pub clock: Arc<dyn Clock>,
+    /// Tells SVIDs with the same SPIFFE ID apart.
+    pub hint: Option<Str>,
+    /// Takes an SVID with another ID than expected, if the agent offers only that one.
+    pub accept_other_id: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { policy: Policy::default(), clock: Arc::new(SystemClock), hint: None, accept_other_id: false }
+    }
+}
+
+/// A source and the task that makes it work.
+pub fn new(agent: Arc<dyn Agent>, locate: Arc<dyn Locate>, config: Config) -> (Subscriptions, Driver) {
+    let (start, started) = mpsc::unbounded_channel();
+    let shared = Arc::new(Shared { agent, locate, config, slots: Mutex::default(), counts: Mutex::default(), start });
+    (Subscriptions(shared.clone()), Driver { shared, started })
+}
+
+/// The source. Clones are the same source.
+#[derive(Clone)]
+pub struct Subscriptions(Arc<Shared>);
+
+struct Shared {
+    agent: Arc<dyn Agent>,
+    locate: Arc<dyn Locate>,
+    config: Config,
+    slots: Mutex<HashMap<WorkloadKey, Slot>>,
+    counts: Mutex<Counts>,
+    /// As many as there are workloads on the node.
+    start: mpsc::UnboundedSender<Follow>,
+}
+
+struct Slot {
+    states: watch::Receiver<State>,
+    story: watch::Receiver<Story>,
+    demand: Arc<Notify>,
+    gone: CancellationToken,
+}
+
+/// Numbers since the start.
+#[derive(Debug, Default)]
+struct Counts {
+    issued: u64,
+    failures: BTreeMap<&'static str, u64>,
+}
+
+impl Shared {
+    fn slots(&self) -> MutexGuard<'_, HashMap<WorkloadKey, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Subscriptions {
+    /// What there is to know about each workload, for whoever asks why.
+    pub fn stories(&self) -> Vec<(WorkloadKey, State, Story)> {
+        let slots = self.0.slots();
+        let mut stories: Vec<_> = slots
+            .iter()
+            .map(|(key, slot)| (key.clone(), slot.states.borrow().clone(), slot.story.borrow().clone()))
+            .collect();
+        stories.sort_by(|a, b| a.0.cmp(&b.0));
+        stories
+    }
+}
+
+impl Source for Subscriptions {
+    fn name(&self) -> &'static str {
+        self.0.agent.name()
+    }
+
+    fn watch(&self, key: &WorkloadKey, _: Priority) -> Watch {
+        let mut slots = self.0.slots();
+        let slot = slots.entry(key.clone()).or_insert_with(|| {
+            let (states, seen) = watch::channel(State::Pending { why: "the SPIRE agent is asked for its SVID".into() });
+            let (story, told) = watch::channel(Story::default());
+            let slot = Slot { states: seen, story: told, demand: Arc::default(), gone: CancellationToken::new() };
+            let Config { policy, clock, hint, accept_other_id } = self.0.config.clone();
+            let wanted = Wanted { hint, accept_other_id };
+            let held = Held::new(key.id.clone(), states, story, wanted, policy, clock);
+            let (demand, gone) = (slot.demand.clone(), slot.gone.clone());
+            // Fails only when the source has stopped, which the watch tells by itself.
+            let _ = self.0.start.send(Follow { key: key.clone(), held, demand, gone });
+            slot
+        });
+        let demand = slot.demand.clone();
+        Watch::new(slot.states.clone(), move || demand.notify_one())
+    }
+
+    fn forget(&self, key: &WorkloadKey) {
+        if let Some(slot) = self.0.slots().remove(key) {
+            slot.gone.cancel();
+        }
+    }
+
+    fn entries(&self) -> Vec<Entry> {
+        let entry = |(key, state, _): (WorkloadKey, State, Story)| {
+            let credentials = state.credentials();
+            let chain = credentials.map(|c| c.chain_view()).unwrap_or_default();
+            let roots = credentials.map(|c| c.roots_view()).unwrap_or_default();
+            let id = credentials.map_or(key.id, |c| c.id().clone());
+            Entry { id, workload: key.workload, state, chain, roots, source: self.name() }
+        };
+        self.stories().into_iter().map(entry).collect()
+    }
+
+    fn stats(&self) -> Stats {
+        let states: Vec<(SpiffeId, State)> =
+            self.0.slots().iter().map(|(key, slot)| (key.id.clone(), slot.states.borrow().clone())).collect();
+        let counts = self.0.counts();
+        Stats {
+            issued: counts.issued,
+            failures: counts.failures.clone(),
+            expiry: states.iter().filter_map(|(id, s)| Some((id.clone(), s.credentials()?.not_after()))).collect(),
+            in_flight: states.iter().filter(|(_, state)| state.credentials().is_none()).count(),
+            ..Stats::default()
+        }
+    }
+}
+
+impl fmt::Debug for Subscriptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Subscriptions").field("agent", &self.0.agent).finish_non_exhaustive()
+    }
+}
+
+/// Keeps the streams. See [`Driver::run`].
+pub struct Driver {
+    shared: Arc<Shared>,
+    started: mpsc::UnboundedReceiver<Follow>,
+}
+
+impl fmt::Debug for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Driver").field("agent", &self.shared.agent).finish_non_exhaustive()
+    }
+}
+
+impl Driver {
+    /// Runs until `shutdown`; streams end then. Credentials handed out stay usable.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let tasks = TaskTracker::new();
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => break,
+                follow = self.started.recv() => match follow {
+                    Some(follow) => {
+                        let (shared, shutdown) = (self.shared.clone(), shutdown.clone());
+                        tasks.spawn(async move {
+                            tokio::select! {
+                                () = follow.run(&shared) => {}
+                                () = shutdown.cancelled() => {}
+                            }
+                        });
+                    }
+                    None => break,
+                },
+            }
+        }
+        tasks.close();
+        tasks.wait().await;
+    }
+}
+
+/// The task of one workload.
+struct Follow {
+    key: WorkloadKey,
+    held: Held,
+    demand: Arc<Notify>,
+    gone: CancellationToken,
+}
+
+enum Phase {
+    Waiting { until: Instant },
+    Opening(Pin<Box<dyn Future<Output = Result<Updates, Refusal>> + Send>>, Option<Arc<dyn Process>>),
+    Streaming { updates: Updates, process: Option<Ended>, reopen: Option<Instant> },
+}
+
+type Ended = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+enum Event {
+    Gone,
+    /// Time to look at the clock.
+    Clock,
+    /// Time to ask.
+    Ask,
+    Opened(Result<Updates, Refusal>, Option<Arc<dyn Process>>),
+    Update(Option<Result<Update, Refusal>>),
+    ProcessEnded,
+}
+
+impl Follow {
+    async fn run(mut self, shared: &Shared) {
+        let mut pause = Pause::default();
+        // Pods come in bursts: the first question is spread a little, too.
+        let mut phase = Phase::Waiting { until: Instant::now() };
+        loop {
+            match self.next(&mut phase, &mut pause).await {
+                Event::Gone => return self.held.forgotten(),
+                Event::Clock => self.held.tick(),
+                Event::Ask => phase = self.ask(shared, &mut pause),
+                Event::Opened(Ok(updates), process) => {
+                    let process = process.map(|process| process.ended());
+                    phase = Phase::Streaming { updates, process, reopen: None };
+                }
+                Event::Opened(Err(refusal), _) | Event::Update(Some(Err(refusal))) => {
+                    phase = self.refused(shared, &refusal, &mut pause);
+                }
+                Event::Update(None) => {
+                    let refusal = Refusal::outage("Ended", "the SPIRE agent has ended the stream");
+                    phase = self.refused(shared, &refusal, &mut pause);
+                }
+                Event::Update(Some(Ok(update))) => {
+                    let again = self.updated(shared, &update, &mut pause);
+                    if let Phase::Streaming { reopen, .. } = &mut phase {
+                        *reopen = again;
+                    }
+                }
+                Event::ProcessEnded => {
+                    let why = "the process that the SPIRE agent was asked about has ended";
+                    let refusal = Refusal { meaning: Meaning::Gone, code: "ProcessEnded", why: why.into() };
+                    phase = self.refused(shared, &refusal, &mut pause);
+                }
+            }
+        }
+    }
+
+    async fn next(&mut self, phase: &mut Phase, pause: &mut Pause) -> Event {
+        let clock = self.clock();
+        let ready = self.held.is_ready();
+        let demanded = pause.demanded(&self.demand, ready);
+        tokio::select! {
+            biased;
+            () = self.gone.cancelled() => Event::Gone,
+            event = async {
+                match phase {
+                    Phase::Waiting { until } => tokio::select! {
+                        () = sleep_until(*until) => Event::Ask,
+                        () = demanded => Event::Ask,
+                    },
+                    Phase::Opening(opening, process) => {
+                        let opened = opening.await;
+                        Event::Opened(opened, process.take())
+                    }
+                    Phase::Streaming { updates, process, reopen } => tokio::select! {
+                        biased;
+                        () = or_never(process.as_mut()) => Event::ProcessEnded,
+                        update = updates.next() => Event::Update(update),
+                        () = until(*reopen) => Event::Ask,
+                        () = demanded, if reopen.is_some() => Event::Ask,
+                    },
+                }
+            } => event,
+            () = sleep_until(clock) => Event::Clock,
+        }
+    }
+
+    /// When the clock has to be looked at.
+    fn clock(&self) -> Instant {
+        let left = self.held.not_after().map(|at| at.duration_since(self.held.now()).unwrap_or_default());
+        // A little later, so that it has passed by then.
+        let left = left.map(|left| left + Duration::from_millis(1));
+        Instant::now() + left.unwrap_or(RECHECK).min(RECHECK)
+    }
+
+    fn ask(&self, shared: &Shared, pause: &mut Pause) -> Phase {
+        let reference = match shared.locate.locate(&self.key) {
+            Ok(reference) => reference,
+            Err(why) => {
+                self.held.not_located(&why);
+                return Phase::Waiting { until: Instant::now() + pause.after_failure() };
+            }
+        };
+        pause.asked();
+        self.held.asked(&reference.to_string());
+        let process = match &reference {
+            Reference::Process(process) => Some(process.clone()),
+            _ => None,
+        };
+        let agent = shared.agent.clone();
+        let opening = Box::pin(async move {
+            let late =
+                || Refusal::outage("Timeout", format!("no stream from the SPIRE agent within {} s", OPEN.as_secs()));
+            timeout(OPEN, agent.subscribe(&reference)).await.unwrap_or_else(|_| Err(late()))
+        });
+        Phase::Opening(opening, process)
+    }
+
+    /// When to open the stream again, if it has nothing to offer.
+    fn updated(&self, shared: &Shared, update: &Update, pause: &mut Pause) -> Option<Instant> {
+        match self.held.update(update) {
+            Outcome::Ready => {
+                shared.counts().issued += 1;
+                pause.reset();
+                None
+            }
+            Outcome::Empty => {
+                *shared.counts().failures.entry("no_entry").or_default() += 1;
+                Some(Instant::now() + pause.after_failure())
+            }
+            Outcome::Unusable => {
+                *shared.counts().failures.entry("unusable").or_default() += 1;
+                Some(Instant::now() + pause.after_failure())
+            }
+        }
+    }
+
+    fn refused(&self, shared: &Shared, refusal: &Refusal, pause: &mut Pause) -> Phase {
+        *shared.counts().failures.entry(refusal.code).or_default() += 1;
+        let wait = match refusal.meaning {
+            Meaning::Mistake => MISTAKE_PAUSE,
+            Meaning::Gone | Meaning::Outage => pause.after_failure(),
+        };
+        self.held.refused(refusal, wait);
+        Phase::Waiting { until: Instant::now() + wait }
+    }
+}
+
+async fn or_never(future: Option<&mut Ended>) {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// How long to wait before the agent is asked again.
+#[derive(Debug, Default)]
+struct Pause {
+    failures: u32,
+    asked: Option<Instant>,
+}
+
+impl Pause {
+    /// 250 ms, 500 ms … 30 s, of each a random part (full jitter), so that a node's pods do not all come back at once.
+    fn after_failure(&mut self) -> Duration {
+        let doubled = FIRST_PAUSE.saturating_mul(1 << self.failures.min(10)).min(MAX_PAUSE);
+        self.failures = self.failures.saturating_add(1);
+        doubled.mul_f64(rand::rng().random_range(0.25..=1.0))
+    }
+
+    fn asked(&mut self) {
+        self.asked = Some(Instant::now());
+    }
+
+    fn reset(&mut self) {
+        self.failures = 0;
+    }
+
+    /// Completes when somebody waits who may end the pause.
+    fn demanded(&self, demand: &Arc<Notify>, ready: bool) -> impl Future<Output = ()> + use<> {
+        let (demand, allowed) = (demand.clone(), self.asked.map(|at| at + ON_DEMAND_INTERVAL));
+        async move {
+            if ready {
+                std::future::pending::<()>().await;
+            }
+            demand.notified().await;
+            until_passed(allowed).await;
+        }
+    }
+}
+
+async fn until_passed(at: Option<Instant>) {
+    if let Some(at) = at {
+        sleep_until(at).await;
+    }
+}

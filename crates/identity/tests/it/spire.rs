@@ -1,0 +1,385 @@
+//! A source that asks a SPIRE agent, against a fake agent that says what the test wants at the moment it wants.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+use tokio::sync::watch;
+use tokio::time::{Instant, advance, timeout};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_util::sync::CancellationToken;
+use zeroize::Zeroizing;
+use zspire_identity::spire::{
+    Agent, Config, Locate, Meaning, Offer, Process, Reference, Refusal, Story, Subscriptions, Update, Updates,
+    subscriptions,
+};
+use zspire_identity::{Clock, Priority, Source, State, Svid, Watch, WorkloadKey};
+use zspire_model::Str;
+
+use crate::support::{HOUR, TestCa, TestClock, id};
+use crate::tls::der_of;
+
+const WEB: &str = "spiffe://td.one/ns/shop/sa/web";
+const DB: &str = "spiffe://td.one/ns/shop/sa/db";
+
+type Said = Result<Update, Refusal>;
+
+/// A fake: every stream that is opened is handed to the test, which speaks on it.
+struct FakeAgent {
+    opened: UnboundedSender<(String, UnboundedSender<Said>)>,
+    refuse: Mutex<Option<Refusal>>,
+}
+
+impl fmt::Debug for FakeAgent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("FakeAgent")
+    }
+}
+
+#[async_trait]
+impl Agent for FakeAgent {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    async fn subscribe(&self, reference: &Reference) -> Result<Updates, Refusal> {
+        let (said, heard) = mpsc::unbounded_channel();
+        self.opened.send((reference.to_string(), said)).unwrap();
+        match self.refuse.lock().unwrap().clone() {
+            Some(refusal) => Err(refusal),
+            None => Ok(Box::pin(UnboundedReceiverStream::new(heard))),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+struct FakeLocate(Arc<Mutex<HashMap<Str, Reference>>>);
+
+impl Locate for FakeLocate {
+    fn locate(&self, key: &WorkloadKey) -> Result<Reference, Str> {
+        let name = key.workload.clone().unwrap();
+        self.0.lock().unwrap().get(&name).cloned().ok_or_else(|| "no process yet".into())
+    }
+}
+
+#[derive(Debug)]
+struct FakeProcess(watch::Receiver<bool>);
+
+impl Process for FakeProcess {
+    fn pid(&self) -> i32 {
+        42
+    }
+
+    fn ended(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let mut over = self.0.clone();
+        Box::pin(async move {
+            let _ = over.wait_for(|over| *over).await;
+        })
+    }
+
+    fn is_alive(&self) -> bool {
+        !*self.0.borrow()
+    }
+}
+
+struct Rig {
+    clock: Arc<TestClock>,
+    ca: TestCa,
+    agent: Arc<FakeAgent>,
+    locate: FakeLocate,
+    source: Subscriptions,
+    streams: UnboundedReceiver<(String, UnboundedSender<Said>)>,
+    _stop: tokio_util::sync::DropGuard,
+}
+
+impl Rig {
+    fn new() -> Self {
+        Self::with(Config::default())
+    }
+
+    fn with(config: Config) -> Self {
+        let clock = TestClock::new();
+        let ca = TestCa::new(clock.now());
+        let (opened, streams) = mpsc::unbounded_channel();
+        let agent = Arc::new(FakeAgent { opened, refuse: Mutex::default() });
+        let locate = FakeLocate::default();
+        for pod in ["pod-1", "pod-2"] {
+            locate.0.lock().unwrap().insert(pod.into(), Reference::Pod { uid: pod.into() });
+        }
+        let config = Config { clock: clock.clone(), ..config };
+        let (source, driver) = subscriptions::new(agent.clone(), Arc::new(locate.clone()), config);
+        let stop = CancellationToken::new();
+        tokio::spawn(driver.run(stop.clone()));
+        Self { clock, ca, agent, locate, source, streams, _stop: stop.drop_guard() }
+    }
+
+    fn watch(&self, name: &str, pod: &str) -> Watch {
+        self.source.watch(&key(name, pod), Priority::WarmUp)
+    }
+
+    /// The next stream that is opened, within the longest pause.
+    async fn stream(&mut self) -> UnboundedSender<Said> {
+        let opened = timeout(Duration::from_secs(31), self.streams.recv());
+        opened.await.expect("a stream is opened").unwrap().1
+    }
+
+    async fn no_stream_for(&mut self, time: Duration) {
+        assert!(timeout(time, self.streams.recv()).await.is_err(), "a stream was opened");
+    }
+
+    fn offer(&self, name: &str) -> (Offer, Update) {
+        let svid = self.ca.svid(name, &[("td.one", &self.ca)], self.clock.now());
+        let Svid { id, chain, key, bundles } = svid;
+        let offer = Offer { id, chain, key: Arc::new(Zeroizing::new(der_of(&key))), hint: "".into() };
+        (offer.clone(), Update { offers: vec![offer], bundles })
+    }
+
+    fn update(&self, name: &str) -> Said {
+        Ok(self.offer(name).1)
+    }
+
+    fn story(&self) -> Story {
+        self.source.stories()[0].2.clone()
+    }
+}
+
+fn key(name: &str, pod: &str) -> WorkloadKey {
+    WorkloadKey { id: id(name), workload: Some(pod.into()) }
+}
+
+fn empty() -> Said {
+    Ok(Update::default())
+}
+
+fn refusal(meaning: Meaning, why: &str) -> Refusal {
+    Refusal { meaning, code: "Test", why: why.into() }
+}
+
+async fn until(watch: &mut Watch, label: &str) -> State {
+    let wait = async {
+        let mut state = watch.state();
+        while state.label() != label {
+            state = watch.changed().await.expect("the source runs");
+        }
+        state
+    };
+    timeout(2 * HOUR, wait).await.unwrap_or_else(|_| panic!("never {label}"))
+}
+
+fn why(state: State) -> String {
+    match state {
+        State::Pending { why } | State::Revoked { why } | State::Failed { why, .. } => why.to_string(),
+        State::Ready(_) => "ready".into(),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn svids_come_and_are_replaced_and_bad_ones_change_nothing() {
+    let mut rig = Rig::new();
+    let mut web = rig.watch(WEB, "pod-1");
+    let stream = rig.stream().await;
+    stream.send(rig.update(WEB)).unwrap();
+    let first = until(&mut web, "ready").await.credentials().unwrap().fingerprint();
+    stream.send(rig.update(WEB)).unwrap();
+    web.changed().await.unwrap();
+    let second = web.credentials().unwrap().fingerprint();
+    assert_ne!(first, second, "a new generation");
+
+    stream.send(rig.update(DB)).unwrap();
+    let (mut offer, update) = rig.offer(WEB);
+    offer.key = rig.offer(WEB).0.key;
+    stream.send(Ok(Update { offers: vec![offer], ..update })).unwrap();
+    // It is a state to wait for, and no time passes before it.
+    while rig.story().updates < 4 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(web.credentials().unwrap().fingerprint(), second, "the last good one stays");
+    let error = rig.story().error.unwrap();
+    assert!(error.contains("private key"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_identity_than_expected_is_refused_by_name() {
+    let mut rig = Rig::new();
+    let mut web = rig.watch(WEB, "pod-1");
+    let stream = rig.stream().await;
+    stream.send(rig.update(DB)).unwrap();
+    let failed = why(until(&mut web, "failed").await);
+    assert!(failed.contains(WEB) && failed.contains(DB), "{failed}");
+
+    let mut rig = Rig::with(Config { accept_other_id: true, ..Config::default() });
+    let mut web = rig.watch(WEB, "pod-1");
+    rig.stream().await.send(rig.update(DB)).unwrap();
+    assert_eq!(until(&mut web, "ready").await.credentials().unwrap().id().as_str(), DB, "where that is configured");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_registered_is_told_and_asked_again() {
+    let mut rig = Rig::new();
+    let mut web = rig.watch(WEB, "pod-1");
+    let stream = rig.stream().await;
+    stream.send(empty()).unwrap();
+    web.changed().await.unwrap();
+    let told = why(web.state());
+    assert!(told.contains("no entry matches this workload (pod pod-1)") && told.contains(WEB), "{told}");
+    // Selectors are looked at when a stream is opened.
+    let again = rig.stream().await;
+    assert!(stream.is_closed());
+    again.send(rig.update(WEB)).unwrap();
+    until(&mut web, "ready").await;
+    rig.no_stream_for(HOUR / 2).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_redaction_takes_the_key_away_at_once_and_comes_back() {
+    let mut rig = Rig::new();
+    let mut web = rig.watch(WEB, "pod-1");
+    let stream = rig.stream().await;
+    stream.send(rig.update(WEB)).unwrap();
+    let held = Arc::downgrade(until(&mut web, "ready").await.credentials().unwrap());
+    let before = Instant::now();
+    stream.send(empty()).unwrap();
+    until(&mut web, "revoked").await;
+    assert!(before.elapsed() < Duration::from_secs(1));
+    assert!(held.upgrade().is_none(), "the key is gone");
+    // An entry that is made again is announced by another empty message.
+    stream.send(empty()).unwrap();
+    stream.send(rig.update(WEB)).unwrap();
+    until(&mut web, "ready").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_keeps_the_svid_until_it_expires() {
+    let mut rig = Rig::new();
+    let mut web = rig.watch(WEB, "pod-1");
+    let stream = rig.stream().await;
+    stream.send(rig.update(WEB)).unwrap();
+    until(&mut web, "ready").await;
+    *rig.agent.refuse.lock().unwrap() = Some(refusal(Meaning::Outage, "connection refused"));
+    stream.send(Err(refusal(Meaning::Outage, "error reading from server: EOF"))).unwrap();
+    let begun = Instant::now();
+    rig.stream().await;
+    assert!(web.credentials().is_some(), "it works until it expires");
+    let failed = why(until(&mut web, "failed").await);
+    assert!(begun.elapsed() > HOUR - Duration::from_secs(60), "after {:?}", begun.elapsed());
+    assert!(failed.contains("expired") && failed.contains("connection refused"), "{failed}");
+    // And when the agent is there again, so is the SVID.
+    *rig.agent.refuse.lock().unwrap() = None;
+    while rig.streams.try_recv().is_ok() {}
+    rig.stream().await.send(rig.update(WEB)).unwrap();
+    until(&mut web, "ready").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_serves_an_expired_svid_is_not_believed() {
+    let mut rig = Rig::new();
+    let mut web = rig.watch(WEB, "pod-1");
+    let stream = rig.stream().await;
+    let update = rig.update(WEB);
+    stream.send(update.clone()).unwrap();
+    until(&mut web, "ready").await;
+    rig.clock.jump(2 * HOUR);
+    let jumped = Instant::now();
+    until(&mut web, "failed").await;
+    assert!(jumped.elapsed() <= Duration::from_secs(10), "a jump of the clock is noticed");
+    stream.send(update).unwrap();
+    web.changed().await.unwrap();
+    let failed = why(web.state());
+    assert!(failed.contains("expired"), "{failed}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_workload_that_is_gone_loses_its_key() {
+    let mut rig = Rig::new();
+    let mut web = rig.watch(WEB, "pod-1");
+    let stream = rig.stream().await;
+    stream.send(rig.update(WEB)).unwrap();
+    until(&mut web, "ready").await;
+    stream.send(Err(refusal(Meaning::Gone, "pod not found on agent node"))).unwrap();
+    let revoked = why(until(&mut web, "revoked").await);
+    assert!(revoked.contains("not found"), "{revoked}");
+
+    let (end, over) = watch::channel(false);
+    let process = Reference::Process(Arc::new(FakeProcess(over)));
+    rig.locate.0.lock().unwrap().insert("pod-2".into(), process);
+    let mut db = rig.watch(DB, "pod-2");
+    let (reference, stream) = rig.streams.recv().await.unwrap();
+    let stream = if reference == "process 42" { stream } else { rig.stream().await };
+    stream.send(rig.update(DB)).unwrap();
+    until(&mut db, "ready").await;
+    end.send(true).unwrap();
+    let revoked = why(until(&mut db, "revoked").await);
+    assert!(revoked.contains("ended"), "the agent does not notice: {revoked}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_asked_wrongly_is_not_asked_again() {
+    let mut rig = Rig::new();
+    *rig.agent.refuse.lock().unwrap() = Some(refusal(Meaning::Mistake, "security header missing"));
+    let mut web = rig.watch(WEB, "pod-1");
+    rig.stream().await;
+    until(&mut web, "failed").await;
+    rig.no_stream_for(Duration::from_secs(500)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_waits_ends_the_pause_but_not_more_than_once_a_second() {
+    let mut rig = Rig::new();
+    *rig.agent.refuse.lock().unwrap() = Some(refusal(Meaning::Outage, "away"));
+    let mut web = rig.watch(WEB, "pod-1");
+    rig.stream().await;
+    until(&mut web, "failed").await;
+    // Let the pauses become long.
+    advance(Duration::from_secs(120)).await;
+    while rig.streams.try_recv().is_ok() {}
+    for _ in 0..3 {
+        let asked = Instant::now();
+        let waiting = web.clone();
+        let waiter = tokio::spawn(async move { waiting.ready(Instant::now() + Duration::from_secs(20)).await });
+        rig.stream().await;
+        assert!(asked.elapsed() <= Duration::from_secs(1), "{:?}", asked.elapsed());
+        waiter.abort();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn workloads_never_share_a_key_and_forgetting_one_leaves_the_other() {
+    let mut rig = Rig::new();
+    let (mut one, mut two) = (rig.watch(WEB, "pod-1"), rig.watch(WEB, "pod-2"));
+    let streams = [rig.streams.recv().await.unwrap(), rig.streams.recv().await.unwrap()];
+    for (_, stream) in &streams {
+        stream.send(rig.update(WEB)).unwrap();
+    }
+    let fingerprint = |state: State| state.credentials().unwrap().fingerprint();
+    let (a, b) = (fingerprint(until(&mut one, "ready").await), fingerprint(until(&mut two, "ready").await));
+    assert_ne!(a, b);
+    assert_eq!(rig.source.entries().len(), 2);
+    rig.source.forget(&key(WEB, "pod-1"));
+    until(&mut one, "revoked").await;
+    let gone = streams.iter().find(|(reference, _)| reference == "pod pod-1").unwrap();
+    gone.1.closed().await;
+    assert!(two.credentials().is_some());
+    assert_eq!(rig.source.entries().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_found_yet_is_looked_for_again() {
+    let mut rig = Rig::new();
+    let mut web = rig.watch(WEB, "pod-3");
+    let told = loop {
+        let told = why(web.state());
+        if told == "no process yet" {
+            break told;
+        }
+        web.changed().await.unwrap();
+    };
+    assert_eq!(told, "no process yet");
+    rig.locate.0.lock().unwrap().insert("pod-3".into(), Reference::Pod { uid: "pod-3".into() });
+    rig.stream().await.send(rig.update(WEB)).unwrap();
+    until(&mut web, "ready").await;
+}
