@@ -3,13 +3,7 @@
 use std::process::Command;
 
 fn main() {
-    let revision = Command::new("git")
-        .args(["rev-parse", "HEAD"])
-        .output()
-        .ok()
-        .filter(|output| output.status.success())
-        .and_then(|output| String::from_utf8(output.stdout).ok())
-        .map_or_else(|| "unknown".to_owned(), |text| text.trim().to_owned());
+    let revision = git(&["rev-parse", "HEAD"]).unwrap_or_else(|| "unknown".to_owned());
     let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
     let rustc = Command::new(rustc)
         .arg("--version")
@@ -22,6 +16,13 @@ fn main() {
     println!("cargo:rustc-env=ZSPIRE_RUSTC={rustc}");
     println!("cargo:rustc-env=ZSPIRE_PROFILE={}", std::env::var("PROFILE").unwrap_or_default());
     println!("cargo:rerun-if-changed=build.rs");
-    // `HEAD` names a branch and stays the same; its log grows with every commit.
-    println!("cargo:rerun-if-changed=../../.git/logs/HEAD");
+    // `HEAD` names a branch and stays the same; its log grows with every commit. A working tree of its own has one of its own.
+    if let Some(log) = git(&["rev-parse", "--git-path", "logs/HEAD"]) {
+        println!("cargo:rerun-if-changed={log}");
+    }
+}
+
+fn git(arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git").args(arguments).output().ok().filter(|output| output.status.success())?;
+    Some(String::from_utf8(output.stdout).ok()?.trim().to_owned())
 }

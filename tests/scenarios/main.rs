@@ -19,6 +19,7 @@ mod starting;
 mod surviving;
 mod telling;
 mod wire;
+mod zds;
 
 use std::path::Path;
 

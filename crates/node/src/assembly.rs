@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use anyhow::Context as _;
@@ -25,9 +25,11 @@ use zspire_sys::privileges::{self, Capability};
 use crate::admin::dump::{self, Connection, Connections, Info, PodState};
 use crate::admin::{self, Admin};
 use crate::config::{self, Config, Mode, WorkloadName};
-use crate::discovery::{self, Board};
+use crate::discovery;
 use crate::mesh::{Mesh, Prefetch};
 use crate::metrics::{self, Process};
+use crate::pods::launcher::{Checks, Counts, Drains, PodLauncher, Settings};
+use crate::pods::{self, PodInfo, PodView};
 use crate::readiness::{self, Readiness};
 use crate::shutdown::Signals;
 use crate::tasks::Tasks;
@@ -51,7 +53,7 @@ pub fn run(config: Config, build: BuildInfo, settled: impl FnOnce()) -> anyhow::
         tracing::warn!("{problem}");
     }
     tracing::info!(config = %dump::settings(&config), "configuration");
-    let workers = Workers::start(config.workers).context("cannot start the data-plane threads")?;
+    let workers = Arc::new(Workers::start(config.workers).context("cannot start the data-plane threads")?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start")?;
     runtime.block_on(async {
         let node = Node { config: Arc::new(config), build: Arc::new(build), logging, workers, started };
@@ -82,24 +84,24 @@ struct Node {
     config: Arc<Config>,
     build: Arc<BuildInfo>,
     logging: Logging,
-    workers: Workers,
+    workers: Arc<Workers>,
     started: Instant,
 }
 
 /// What runs for the pods, and what views show of it.
 struct Served {
     shared: Arc<Shared>,
-    pods: Pods,
+    pods: pods::Board,
+    checks: OnceLock<Checks>,
     source: Arc<dyn Source>,
-    board: Board,
+    discovery: discovery::Board,
 }
 
-/// The proxies of pods, by the name that views use.
-type Pods = Arc<Mutex<BTreeMap<Str, Pod>>>;
-
-struct Pod {
-    name: WorkloadName,
-    proxy: Proxy,
+/// What serves pods.
+enum Serving {
+    Nothing,
+    Dedicated(Proxy),
+    Shared { stop: CancellationToken, drains: Drains },
 }
 
 impl Node {
@@ -133,14 +135,15 @@ impl Node {
                 discovered: mesh.discovered(),
                 on_demand: discovery.on_demand.clone().map(|demand| Arc::new(discovery::OnDemand(demand)) as _),
             }),
-            pods: Pods::default(),
+            pods: pods::Board::default(),
+            checks: OnceLock::new(),
             source: control.source,
-            board: discovery.board.clone(),
+            discovery: discovery.board.clone(),
         });
         // Set once, here.
         let _ = view.set(served.clone());
-        self.serve_metrics(&served, &discovery, &tasks)?;
-        self.start_pods(&served, &mesh, &readiness, &tasks)?;
+        let (serving, counts) = self.start_pods(&served, &mesh, &readiness, &tasks)?;
+        self.serve_metrics(&served, counts, &discovery, &tasks)?;
         starting.ready();
 
         let reason = tokio::select! {
@@ -149,7 +152,7 @@ impl Node {
         };
         tracing::info!(?reason, deadline = ?self.config.termination_deadline, "draining");
         readiness.block("drain", "the proxy is told to stop");
-        self.drain(&served, &mut signals).await;
+        self.drain(&served, serving, &mut signals).await;
         tasks.stop.cancel();
         tasks.finished().await;
         anyhow::ensure!(reason.is_some(), "a part of the proxy has failed; the log says which");
@@ -208,25 +211,39 @@ impl Node {
         Ok(proxy)
     }
 
-    /// Starts the proxy of a dedicated pod.
-    fn start_pods(&self, served: &Served, mesh: &Mesh, readiness: &Readiness, tasks: &Tasks) -> anyhow::Result<()> {
-        if !self.config.proxy {
-            return Ok(());
+    /// Starts the proxy of a dedicated pod, or to follow a node agent.
+    fn start_pods(
+        &self,
+        served: &Served,
+        mesh: &Mesh,
+        readiness: &Readiness,
+        tasks: &Tasks,
+    ) -> anyhow::Result<(Serving, Arc<Counts>)> {
+        match &self.config.mode {
+            _ if !self.config.proxy => Ok((Serving::Nothing, Arc::default())),
+            Mode::Shared => self.follow_agent(served, mesh, readiness, tasks),
+            Mode::Dedicated(name) => {
+                Ok((Serving::Dedicated(self.serve_own_pod(name, served, mesh, readiness, tasks)?), Arc::default()))
+            }
         }
-        let Mode::Dedicated(name) = &self.config.mode else {
-            let why = "PROXY_MODE=shared: this version does not talk to the CNI node agent yet, so that no pod is served; \
-                       PROXY_MODE=dedicated serves one pod in this namespace";
-            tracing::error!("{why}");
-            readiness.block("pods", why);
-            return Ok(());
-        };
-        let addresses = &self.config.addresses;
+    }
+
+    fn serve_own_pod(
+        &self,
+        name: &WorkloadName,
+        served: &Served,
+        mesh: &Mesh,
+        readiness: &Readiness,
+        tasks: &Tasks,
+    ) -> anyhow::Result<Proxy> {
         let ipv6 = self.config.ipv6 && zspire_sys::socket::ipv6_available();
         let uid: Str = format!("{}/{}", name.namespace, name.name).into();
         let spec = PodSpec {
             uid: uid.clone(),
             local: mesh.follow(name),
-            listeners: Listeners::well_known(addresses.bind, ipv6, self.config.socks5),
+            listeners: Listeners::well_known(self.config.addresses.bind, ipv6, self.config.socks5),
+            place: None,
+            overlap: false,
         };
         let proxy = Proxy::start(&self.workers, &served.shared, spec)?;
         tracing::info!(pod = %uid, listeners = ?proxy.listeners(), "pod is served");
@@ -234,8 +251,38 @@ impl Node {
         let waited_for =
             readiness::wait_for_certificate(uid.to_string(), mesh.follow(name), waiting, tasks.stop.clone());
         tasks.spawn("own certificate", waited_for);
-        lock(&served.pods).insert(uid, Pod { name: name.clone(), proxy });
-        Ok(())
+        let info = PodInfo {
+            name: name.name.clone(),
+            namespace: name.namespace.clone(),
+            service_account: name.service_account.clone(),
+        };
+        served.pods.show(vec![PodView { uid: uid.to_string(), info, pending: None }]);
+        Ok(proxy)
+    }
+
+    fn follow_agent(
+        &self,
+        served: &Served,
+        mesh: &Mesh,
+        readiness: &Readiness,
+        tasks: &Tasks,
+    ) -> anyhow::Result<(Serving, Arc<Counts>)> {
+        let launcher = PodLauncher::new(Settings {
+            workers: self.workers.clone(),
+            shared: served.shared.clone(),
+            mesh: mesh.clone(),
+            cluster_id: self.config.cluster_id.clone(),
+            ipv6: self.config.ipv6,
+            socks5: self.config.socks5,
+            overlap: self.config.inpod_port_reuse,
+            deadline: self.config.termination_deadline,
+        })?;
+        let (drains, counts, stop) = (launcher.drains(), launcher.counts(), CancellationToken::new());
+        // Set once, here.
+        let _ = served.checks.set(launcher.checks());
+        let client = pods::Client::new(self.config.inpod_uds.clone(), launcher, readiness, served.pods.clone());
+        tasks.spawn("pods", client.run(stop.clone()));
+        Ok((Serving::Shared { stop, drains }, counts))
     }
 
     fn serve_admin(
@@ -262,9 +309,16 @@ impl Node {
         Ok(())
     }
 
-    fn serve_metrics(&self, served: &Served, discovery: &discovery::Discovery, tasks: &Tasks) -> anyhow::Result<()> {
+    fn serve_metrics(
+        &self,
+        served: &Served,
+        counts: Arc<Counts>,
+        discovery: &discovery::Discovery,
+        tasks: &Tasks,
+    ) -> anyhow::Result<()> {
         let listener = self.anywhere("metrics", self.config.addresses.stats)?;
-        let registry = self.registry(served, served.source.clone(), discovery);
+        let mut registry = self.registry(served, served.source.clone(), discovery);
+        registry.register_collector(Box::new(metrics::Pods { board: served.pods.clone(), counts }));
         tasks.spawn("metrics", http_server::serve(listener, metrics::router(registry), tasks.stop.clone()));
         Ok(())
     }
@@ -298,10 +352,8 @@ impl Node {
         Arc::new(move || {
             let served = view.get();
             let snapshot = served.map(|served| served.shared.mesh.load()).unwrap_or_default();
-            let status = served.map(|served| served.board.status()).unwrap_or_default();
-            let states = |served: &Arc<Served>| {
-                pod_states(&lock(&served.pods), &served.shared.connections, &config.trust_domain)
-            };
+            let status = served.map(|served| served.discovery.status()).unwrap_or_default();
+            let states = |served: &Arc<Served>| pod_states(served, &config.trust_domain);
             dump::render(&dump::Sources {
                 config: &config,
                 build: &build,
@@ -319,51 +371,54 @@ impl Node {
     }
 
     /// Live connections have until the deadline, or until the impatient operator asks again.
-    async fn drain(&self, served: &Served, signals: &mut Signals) {
-        let pods: Vec<Pod> = std::mem::take(&mut *lock(&served.pods)).into_values().collect();
-        for pod in &pods {
-            pod.proxy.drain();
-        }
-        let drained = async {
-            for pod in &pods {
-                pod.proxy.drained().await;
+    async fn drain(&self, served: &Served, serving: Serving, signals: &mut Signals) {
+        let left = || served.shared.connections.live().len();
+        match serving {
+            Serving::Nothing => {}
+            Serving::Dedicated(proxy) => {
+                proxy.drain();
+                tokio::select! {
+                    () = proxy.drained() => tracing::info!("all connections have ended"),
+                    () = tokio::time::sleep(self.config.termination_deadline) => {
+                        tracing::warn!(left = left(), "connections are cut at the deadline");
+                    }
+                    () = signals.again() => tracing::warn!(left = left(), "connections are cut at a second signal"),
+                }
+                // Cuts what is left, and waits until it has been told.
+                proxy.cut().await;
             }
-        };
-        tokio::select! {
-            () = drained => tracing::info!("all connections have ended"),
-            () = tokio::time::sleep(self.config.termination_deadline) => {
-                tracing::warn!(left = served.shared.connections.live().len(), "connections are cut at the deadline");
+            Serving::Shared { stop, drains } => {
+                stop.cancel();
+                // Each pod has the deadline for itself.
+                served.pods.emptied().await;
+                tokio::select! {
+                    () = drains.finished() => tracing::info!("all connections have ended"),
+                    () = signals.again() => {
+                        tracing::warn!(left = left(), "connections are cut at a second signal");
+                        drains.cut();
+                        drains.finished().await;
+                    }
+                }
             }
-            () = signals.again() => {
-                tracing::warn!(left = served.shared.connections.live().len(), "connections are cut at a second signal");
-            }
-        }
-        // Cuts what is left, and waits until it has been told.
-        let cut: Vec<_> = pods.into_iter().map(|pod| pod.proxy.cut()).collect();
-        for ended in cut {
-            ended.await;
         }
     }
 }
 
-fn lock(pods: &Pods) -> std::sync::MutexGuard<'_, BTreeMap<Str, Pod>> {
-    pods.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn pod_states(pods: &BTreeMap<Str, Pod>, table: &Table, trust_domain: &str) -> BTreeMap<String, PodState> {
-    let mut states: BTreeMap<String, PodState> = pods
-        .iter()
-        .map(|(uid, pod)| {
-            let info = Info {
-                name: pod.name.name.clone(),
-                namespace: pod.name.namespace.clone(),
-                service_account: pod.name.service_account.clone(),
-                trust_domain: trust_domain.to_owned(),
-            };
-            (uid.to_string(), PodState { state: "Up", why: None, connections: Connections::default(), info })
-        })
-        .collect();
-    for live in table.live() {
+fn pod_states(served: &Served, trust_domain: &str) -> BTreeMap<String, PodState> {
+    let refusal = |uid: &str| served.checks.get().and_then(|checks| checks.refusal(uid));
+    let mut states: BTreeMap<String, PodState> = BTreeMap::new();
+    for PodView { uid, info, pending } in served.pods.pods() {
+        let why = pending.or_else(|| refusal(&uid).map(|why| why.to_string()));
+        let info = Info {
+            name: info.name,
+            namespace: info.namespace,
+            service_account: info.service_account,
+            trust_domain: trust_domain.to_owned(),
+        };
+        let state = if why.is_none() { "Up" } else { "Pending" };
+        states.insert(uid, PodState { state, why, connections: Connections::default(), info });
+    }
+    for live in served.shared.connections.live() {
         let Some(state) = states.get_mut(&*live.pod) else { continue };
         let about = &live.about;
         let connection = Connection {

@@ -9,6 +9,7 @@
 pub mod admin;
 mod assembly;
 pub mod config;
+mod descriptor;
 pub mod discovery;
 pub mod http_server;
 pub mod identities;

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 use zspire_identity::{Priority, Source, Watch, WorkloadKey};
 use zspire_model::{Applied, Change, Reader, Store, Str, Workload};
-use zspire_proxy::Local;
+use zspire_proxy::{Known, Local};
 
 use crate::config::WorkloadName;
 
@@ -51,7 +51,7 @@ struct State {
 #[derive(Debug)]
 struct Pod {
     name: WorkloadName,
-    local: watch::Sender<Option<Arc<Local>>>,
+    local: watch::Sender<Known>,
 }
 
 impl Mesh {
@@ -85,11 +85,11 @@ impl Mesh {
     }
 
     /// Follows a pod: its workload, as soon as discovery knows one of this name, and its credentials.
-    pub fn follow(&self, name: &WorkloadName) -> watch::Receiver<Option<Arc<Local>>> {
+    pub fn follow(&self, name: &WorkloadName) -> watch::Receiver<Known> {
         let mut state = self.lock();
         let known = state.store.snapshot().workloads().find(|workload| self.is(name, workload)).cloned();
-        let local = known.map(|workload| self.local(&mut state, workload));
-        let (sender, receiver) = watch::channel(local.flatten());
+        let local = known.map_or(Known::Waiting, |workload| self.local(&mut state, workload));
+        let (sender, receiver) = watch::channel(local);
         state.pods.retain(|pod| !pod.local.is_closed());
         state.pods.push(Pod { name: name.clone(), local: sender });
         receiver
@@ -139,13 +139,15 @@ impl Mesh {
 
     fn went(&self, state: &mut State, workload: &Workload) {
         for pod in state.pods.iter().filter(|pod| self.is(&pod.name, workload)) {
-            pod.local.send_replace(None);
+            pod.local.send_replace(Known::Waiting);
         }
     }
 
-    fn local(&self, state: &mut State, workload: Arc<Workload>) -> Option<Arc<Local>> {
-        let credentials = self.hold(state, &workload)?;
-        Some(Arc::new(Local { workload, credentials }))
+    fn local(&self, state: &mut State, workload: Arc<Workload>) -> Known {
+        match self.hold(state, &workload) {
+            Some(credentials) => Known::Here(Arc::new(Local { workload, credentials })),
+            None => Known::Waiting,
+        }
     }
 
     /// Follows a workload's credentials, and so asks for them.

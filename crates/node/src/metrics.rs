@@ -5,6 +5,7 @@
 
 use std::fmt::Write as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use axum::Router;
 use axum::extract::State;
@@ -18,6 +19,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tokio::runtime::RuntimeMetrics;
 
+use crate::pods::Board;
+use crate::pods::launcher::Counts;
 use crate::telemetry::Logging;
 
 /// Registers `istio_build`.
@@ -146,6 +149,39 @@ impl Identities {
             ConstGauge::new(seconds as i64).encode(expiry.encode_family(&[("identity", id.as_str())])?)?;
         }
         Ok(())
+    }
+}
+
+/// The proxies of pods, under upstream's names.
+#[derive(Debug)]
+pub struct Pods {
+    pub board: Board,
+    pub counts: Arc<Counts>,
+}
+
+impl Collector for Pods {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let pods = self.board.pods();
+        let pending = pods.iter().filter(|pod| pod.pending.is_some()).count();
+        let mut gauge = |name: &str, help: &str, value: usize| {
+            let metric = ConstGauge::new(value as i64);
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        };
+        let help = "The total number current workloads with active proxies";
+        gauge("workload_manager_active_proxy_count", help, pods.len() - pending)?;
+        let help = "The total number current workloads with pending proxies";
+        gauge("workload_manager_pending_proxy_count", help, pending)?;
+        let mut counter = |name: &str, help: &str, value: &AtomicU64| {
+            let metric = ConstCounter::new(value.load(Relaxed));
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        };
+        let counts = &self.counts;
+        let help = "The total number of proxies that were started";
+        counter("workload_manager_proxies_started", help, &counts.started)?;
+        let help = "The total number of proxies that were stopped";
+        counter("workload_manager_proxies_stopped", help, &counts.stopped)?;
+        let help = "Times that a pod was refused because its network namespace is not the pod's";
+        counter("zspire_pods_refused", help, &counts.refused)
     }
 }
 

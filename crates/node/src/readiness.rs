@@ -14,7 +14,7 @@ use axum::routing::get;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use zspire_identity::State as Certificate;
-use zspire_proxy::Local;
+use zspire_proxy::Known;
 
 /// The parts that are not ready.
 #[derive(Debug, Clone)]
@@ -79,13 +79,13 @@ impl Blocker {
 /// Keeps the proxy of one pod unready until discovery knows its workload and the workload's certificate is there.
 pub async fn wait_for_certificate(
     workload: String,
-    mut local: watch::Receiver<Option<Arc<Local>>>,
+    mut local: watch::Receiver<Known>,
     blocker: Blocker,
     stop: CancellationToken,
 ) {
     loop {
         let known = local.borrow_and_update().clone();
-        let Some(known) = known else {
+        let Known::Here(known) = known else {
             blocker.because(format!("waiting for discovery to know workload {workload}"));
             tokio::select! {
                 () = stop.cancelled() => return,

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use crate::connect::{canonical, refuse};
 use crate::pod::Pod;
+use crate::proxy::BACKLOG;
 
 /// How long a listener rests when something that a connection needs has run out.
 const REST: Duration = Duration::from_millis(20);
@@ -32,7 +33,8 @@ pub(crate) struct Accepted {
     pub(crate) local: SocketAddr,
 }
 
-/// Accepts connections and starts `serve` for each as a task of the pod; runs until dropped.
+/// Accepts connections and starts `serve` for each as a task of the pod, until the pod drains. Clients that wait by then are
+/// accepted first: the kernel resets what is in the queue of a listener that is closed.
 pub(crate) async fn accept<F>(listener: std::net::TcpListener, pod: &Pod, serve: impl Fn(Pod, Accepted) -> F)
 where
     F: Future<Output = ()> + 'static,
@@ -46,13 +48,17 @@ where
     };
     let reserve = Reserve::default();
     loop {
-        match listener.accept().await {
-            Ok((socket, source)) => {
-                let Ok(local) = socket.local_addr() else { continue };
-                pod.sockets().tune(&SockRef::from(&socket));
-                let accepted = Accepted { socket, source: canonical(source), local: canonical(local) };
-                pod.connections().spawn(serve(pod.clone(), accepted));
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = pod.drain().cancelled() => {
+                for (socket, source) in waiting(&listener) {
+                    start(pod, socket, source, &serve);
+                }
+                return;
             }
+        };
+        match accepted {
+            Ok((socket, source)) => start(pod, socket, source, &serve),
             // The client went away while it waited.
             Err(error) if !is_shortage(&error) => {}
             Err(error) => {
@@ -61,6 +67,24 @@ where
             }
         }
     }
+}
+
+fn start<F>(pod: &Pod, socket: TcpStream, source: SocketAddr, serve: &impl Fn(Pod, Accepted) -> F)
+where
+    F: Future<Output = ()> + 'static,
+{
+    let Ok(local) = socket.local_addr() else { return };
+    pod.sockets().tune(&SockRef::from(&socket));
+    let accepted = Accepted { socket, source: canonical(source), local: canonical(local) };
+    pod.connections().spawn(serve(pod.clone(), accepted));
+}
+
+/// Those that wait to be accepted now, whether or not the runtime has been told of them; not those that come meanwhile for ever.
+fn waiting(listener: &TcpListener) -> impl Iterator<Item = (TcpStream, SocketAddr)> {
+    (0..BACKLOG).map_while(move |_| SockRef::from(listener).accept().ok()).filter_map(|(socket, source)| {
+        socket.set_nonblocking(true).ok()?;
+        Some((TcpStream::from_std(socket.into()).ok()?, source.as_socket()?))
+    })
 }
 
 fn is_shortage(error: &io::Error) -> bool {

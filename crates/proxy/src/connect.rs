@@ -2,12 +2,14 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 use zspire_model::{HBONE_PORT, Str};
+use zspire_sys::netns::Visit;
 use zspire_sys::socket;
 
 use crate::config::{Config, Keepalive, OriginalSource};
@@ -17,6 +19,8 @@ use crate::metrics::Flag;
 /// Makes the sockets of a pod.
 #[derive(Debug, Clone)]
 pub(crate) struct Sockets {
+    /// The network namespace of the pod; none: that of this process.
+    place: Option<Arc<Visit>>,
     mark: Option<u32>,
     original_source: OriginalSource,
     /// Whether the kernel lets us take any source address.
@@ -27,14 +31,22 @@ pub(crate) struct Sockets {
 
 impl Sockets {
     /// Settings, and what the kernel allows.
-    pub(crate) fn new(config: &Config) -> Self {
-        Self {
+    pub(crate) fn new(config: &Config, place: Option<Visit>) -> io::Result<Self> {
+        let place = place.map(Arc::new);
+        let transparent = within(place.as_deref(), socket::can_be_transparent)?;
+        Ok(Self {
+            place,
             mark: config.packet_mark,
             original_source: config.original_source,
-            transparent: config.original_source != OriginalSource::Off && socket::can_be_transparent(),
+            transparent: config.original_source != OriginalSource::Off && transparent,
             keepalive: config.keepalive,
             timeout: config.handshake_timeout,
-        }
+        })
+    }
+
+    /// Does something in the pod's network namespace; nothing that waits.
+    pub(crate) fn inside<T>(&self, f: impl FnOnce() -> T) -> io::Result<T> {
+        within(self.place.as_deref(), f)
     }
 
     /// `SO_MARK` of every socket.
@@ -51,7 +63,8 @@ impl Sockets {
             mark: self.mark,
             transparent: source.is_some_and(|source| !source.is_loopback()),
         };
-        let socket = socket::stream(to, &options).map_err(failed)?;
+        // It stays in the namespace that it is made in; connecting needs no more visit.
+        let socket = self.inside(|| socket::stream(to, &options)).and_then(|made| made).map_err(failed)?;
         // Before the handshake: a peer that goes away in it is noticed as well.
         self.tune(&SockRef::from(&socket));
         let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
@@ -91,6 +104,13 @@ impl Sockets {
         if keepalive.user_timeout {
             let _ = socket.set_tcp_user_timeout(Some(keepalive.time + keepalive.interval * keepalive.retries));
         }
+    }
+}
+
+fn within<T>(place: Option<&Visit>, f: impl FnOnce() -> T) -> io::Result<T> {
+    match place {
+        Some(place) => place.run(f),
+        None => Ok(f()),
     }
 }
 

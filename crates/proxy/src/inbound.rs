@@ -21,7 +21,7 @@ use crate::flow::{self, About, Direction, Failure, Flow, Transport};
 use crate::live::Question;
 use crate::metrics::{Flag, Reporter};
 use crate::outbound::baggage;
-use crate::pod::{Local, Pod};
+use crate::pod::{Known, Local, Pod};
 use crate::tunnels::{Chain, instant};
 
 /// Serves one connection to the HBONE port.
@@ -154,7 +154,23 @@ impl Tunnel {
     /// Answers one stream; what is returned is to be relayed. A refusal has been logged and counted.
     async fn answer(&self, pod: &Pod, mut incoming: Incoming) -> Option<(Connected, Stream, Flow)> {
         // What discovery says of the pod may have changed since the tunnel was opened.
-        let local = pod.known().unwrap_or_else(|| self.local.clone());
+        let local = match pod.known() {
+            Known::Here(local) => local,
+            Known::Waiting => self.local.clone(),
+            Known::Refused(why) => {
+                let asked = incoming.head.address();
+                flow::deny_early(
+                    &pod.shared().metrics,
+                    Direction::Inbound,
+                    self.source,
+                    asked,
+                    "unknown_workload",
+                    &why,
+                );
+                incoming.reject(StatusCode::SERVICE_UNAVAILABLE);
+                return None;
+            }
+        };
         let target = incoming.head.target.clone();
         let resolved = match self.resolve(pod, &local, &target) {
             Ok(resolved) => resolved,

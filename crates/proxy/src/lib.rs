@@ -33,7 +33,7 @@ mod tunnels;
 pub mod workers;
 
 pub use config::{Config, Keepalive, Listeners, OriginalSource};
-pub use pod::{Local, PodSpec};
+pub use pod::{Known, Local, PodSpec};
 pub use proxy::{OnDemand, Proxy, Shared, StartError};
 
 /// Ports of the proxy itself, which nobody may be connected to through it.

@@ -87,6 +87,13 @@ impl Registry {
         }
     }
 
+    /// Cuts all of them: the pod is not what it was taken for.
+    pub(crate) fn refuse(&self, why: &str) {
+        for (_, entry) in self.0.borrow().iter() {
+            entry.cut(Failure::new(Flag::IdentityError, format_args!("the pod is no longer served: {why}")));
+        }
+    }
+
     /// Cuts what runs in tunnels that are no longer authenticated.
     pub(crate) fn revoke(&self, why: &str) {
         for (_, entry) in self.0.borrow().iter().filter(|(_, entry)| entry.in_tunnel) {

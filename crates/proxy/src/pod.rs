@@ -14,6 +14,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use zspire_identity::{Credentials, Watch};
 use zspire_model::{Snapshot, Str, Workload};
+use zspire_sys::netns::Visit;
 
 use crate::config::Listeners;
 use crate::connect::Sockets;
@@ -29,10 +30,35 @@ use crate::tunnels::Tunnels;
 pub struct PodSpec {
     /// What it is called in views: unique in this process.
     pub uid: Str,
-    /// The pod as it is now; none while discovery does not know it.
-    pub local: watch::Receiver<Option<Arc<Local>>>,
+    /// The pod as it is now.
+    pub local: watch::Receiver<Known>,
     /// Where its proxy listens.
     pub listeners: Listeners,
+    /// Its network namespace, where its sockets are made; none: that of this process.
+    pub place: Option<Visit>,
+    /// Whether a proxy that serves the pod already is joined at its ports, to take over from it.
+    pub overlap: bool,
+}
+
+/// What is known of a pod.
+#[derive(Debug, Clone)]
+pub enum Known {
+    /// Discovery does not know it, or not yet.
+    Waiting,
+    /// This is the pod.
+    Here(Arc<Local>),
+    /// It must not be served as the workload that it is said to be.
+    Refused(Str),
+}
+
+impl Known {
+    /// The pod, if it may be served.
+    pub fn here(&self) -> Option<&Arc<Local>> {
+        match self {
+            Self::Here(local) => Some(local),
+            Self::Waiting | Self::Refused(_) => None,
+        }
+    }
 }
 
 /// A pod that discovery knows.
@@ -51,7 +77,7 @@ pub(crate) struct Pod(Rc<Inner>);
 struct Inner {
     shared: Arc<Shared>,
     uid: Str,
-    local: watch::Receiver<Option<Arc<Local>>>,
+    local: watch::Receiver<Known>,
     sockets: Sockets,
     tunnels: Tunnels,
     live: Rc<Registry>,
@@ -128,23 +154,22 @@ impl Pod {
                 _ => return Err(NotKnown::Mesh { pod: self.0.uid.clone(), after: limit }),
             }
         }
-        if let Some(local) = self.known() {
+        if let Known::Here(local) = self.known() {
             return Ok(local);
         }
         let mut changes = self.0.local.clone();
-        match timeout_at(deadline, changes.wait_for(Option::is_some)).await {
-            Ok(Ok(known)) => known.clone().ok_or_else(|| self.not_known(limit)),
-            _ => Err(self.not_known(limit)),
+        let known = changes.wait_for(|known| !matches!(known, Known::Waiting));
+        let known = timeout_at(deadline, known).await.ok().and_then(Result::ok).map(|known| known.clone());
+        match known {
+            Some(Known::Here(local)) => Ok(local),
+            Some(Known::Refused(why)) => Err(NotKnown::Refused { pod: self.0.uid.clone(), why }),
+            Some(Known::Waiting) | None => Err(NotKnown::Workload { pod: self.0.uid.clone(), after: limit }),
         }
     }
 
     /// The pod as discovery knows it now.
-    pub(crate) fn known(&self) -> Option<Arc<Local>> {
+    pub(crate) fn known(&self) -> Known {
         self.0.local.borrow().clone()
-    }
-
-    fn not_known(&self, after: Duration) -> NotKnown {
-        NotKnown::Workload { pod: self.0.uid.clone(), after }
     }
 
     /// The pod's credentials; waited for.
@@ -166,7 +191,7 @@ impl Pod {
         let mut authorization = self.0.shared.authorization.clone();
         let mut local = self.0.local.clone();
         loop {
-            let credentials = self.known().map(|local| local.credentials.clone());
+            let credentials = self.known().here().map(|local| local.credentials.clone());
             tokio::select! {
                 changed = authorization.changed() => if changed.is_err() { return },
                 changed = local.changed() => if changed.is_err() { return },
@@ -177,8 +202,13 @@ impl Pod {
                     if local.changed().await.is_err() { return }
                 }
             }
-            if let Some(local) = self.known() {
-                self.mesh(|snapshot| self.0.live.ask_again(snapshot, &local.workload));
+            match self.known() {
+                Known::Here(local) => self.mesh(|snapshot| self.0.live.ask_again(snapshot, &local.workload)),
+                Known::Refused(why) => {
+                    self.0.tunnels.retire_all();
+                    self.0.live.refuse(&why);
+                }
+                Known::Waiting => {}
             }
         }
     }
@@ -205,7 +235,7 @@ impl fmt::Debug for Pod {
     }
 }
 
-/// Discovery does not know the pod, or has not told everything yet.
+/// Discovery does not know the pod, has not told everything yet, or tells of another than this one.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NotKnown {
     #[error("timed out after {after:?} waiting for workload {pod} from discovery")]
@@ -214,6 +244,8 @@ pub(crate) enum NotKnown {
         "timed out after {after:?} waiting for discovery to tell all workloads and policies, without which nothing is decided for {pod}"
     )]
     Mesh { pod: Str, after: Duration },
+    #[error("pod {pod} is not served: {why}")]
+    Refused { pod: Str, why: Str },
 }
 
 impl NotKnown {
@@ -222,6 +254,7 @@ impl NotKnown {
         match self {
             Self::Workload { .. } => "unknown_workload",
             Self::Mesh { .. } => "no_discovery",
+            Self::Refused { .. } => "wrong_namespace",
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::workers::Workers;
 use crate::{inbound, outbound, plaintext, socks5};
 
 /// Connections that wait to be accepted; the kernel may allow fewer.
-const BACKLOG: i32 = 4096;
+pub(crate) const BACKLOG: i32 = 4096;
 
 /// How long resets may take to be written when connections are cut; a peer that does not read is not waited for.
 const RESETS: Duration = Duration::from_millis(500);
@@ -62,14 +62,20 @@ pub struct Proxy {
 
 /// Why a proxy does not start.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address} ({what}){}", hint(.cause))]
-pub struct StartError {
-    /// The listener.
-    pub what: &'static str,
-    /// Where.
-    pub address: SocketAddr,
-    #[source]
-    cause: io::Error,
+pub enum StartError {
+    /// A port cannot be had.
+    #[error("cannot listen on {address} ({what}){}", hint(.cause))]
+    Listen {
+        /// The listener.
+        what: &'static str,
+        /// Where.
+        address: SocketAddr,
+        #[source]
+        cause: io::Error,
+    },
+    /// The pod's network namespace cannot be had.
+    #[error("cannot enter the pod's network namespace (CAP_SYS_ADMIN)")]
+    Enter(#[source] io::Error),
 }
 
 fn hint(cause: &io::Error) -> &'static str {
@@ -91,19 +97,9 @@ struct Sockets4 {
 impl Proxy {
     /// Serves a pod on every worker; it listens when this returns. Blocks for a few system calls.
     pub fn start(workers: &Workers, shared: &Arc<Shared>, mut spec: PodSpec) -> Result<Self, StartError> {
-        let sockets = Sockets::new(&shared.config);
-        let mark = sockets.mark();
-        let mut sets = Vec::new();
-        for worker in 0..workers.count() {
-            let share = Share { mark, workers: workers.count(), first: worker == 0 };
-            let Listeners { outbound, inbound, plaintext, socks5 } = &mut spec.listeners;
-            sets.push(Sockets4 {
-                outbound: share.listen("outbound", outbound)?,
-                inbound: share.listen("inbound", inbound)?,
-                plaintext: share.listen("plaintext inbound", plaintext)?,
-                socks5: socks5.as_mut().map(|at| share.listen("SOCKS5", at)).transpose()?,
-            });
-        }
+        let sockets = Sockets::new(&shared.config, spec.place.take()).map_err(StartError::Enter)?;
+        let share = Share { mark: sockets.mark(), workers: workers.count(), overlap: spec.overlap };
+        let sets = sockets.inside(|| share.listen_all(&mut spec.listeners)).map_err(StartError::Enter)??;
         let (drain, cut, tracker) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
         for (worker, set) in workers.iter().zip(sets) {
             let (shared, spec, sockets) = (shared.clone(), spec.clone(), sockets.clone());
@@ -119,7 +115,8 @@ impl Proxy {
         &self.listeners
     }
 
-    /// Takes no new connections: listeners are closed, peers are told not to open streams. Live connections go on.
+    /// Takes no new connections: what waits to be accepted still is, then listeners are closed, and peers are told not to open
+    /// streams. Live connections go on.
     pub fn drain(&self) {
         self.drain.cancel();
     }
@@ -141,13 +138,32 @@ impl Proxy {
 struct Share {
     mark: Option<u32>,
     workers: usize,
-    first: bool,
+    overlap: bool,
 }
 
 impl Share {
+    /// The sockets of all workers.
+    fn listen_all(&self, listeners: &mut Listeners) -> Result<Vec<Sockets4>, StartError> {
+        let Listeners { outbound, inbound, plaintext, socks5 } = listeners;
+        let mut set = |first| {
+            Ok(Sockets4 {
+                outbound: self.listen("outbound", outbound, first)?,
+                inbound: self.listen("inbound", inbound, first)?,
+                plaintext: self.listen("plaintext inbound", plaintext, first)?,
+                socks5: socks5.as_mut().map(|at| self.listen("SOCKS5", at, first)).transpose()?,
+            })
+        };
+        (0..self.workers).map(|worker| set(worker == 0)).collect()
+    }
+
     /// Listens, and notes the port that the kernel chose for the other workers.
-    fn listen(&self, what: &'static str, address: &mut SocketAddr) -> Result<std::net::TcpListener, StartError> {
-        let failed = |cause| StartError { what, address: *address, cause };
+    fn listen(
+        &self,
+        what: &'static str,
+        address: &mut SocketAddr,
+        first: bool,
+    ) -> Result<std::net::TcpListener, StartError> {
+        let failed = |cause| StartError::Listen { what, address: *address, cause };
         let listen = |reuse_port| {
             socket::listen(&Listen {
                 address: *address,
@@ -158,8 +174,8 @@ impl Share {
                 backlog: BACKLOG,
             })
         };
-        let shared = self.workers > 1;
-        if shared && self.first && address.port() != 0 {
+        let shared = self.workers > 1 || self.overlap;
+        if shared && first && address.port() != 0 && !self.overlap {
             // A port that is shared can be joined by anybody of this user: first see that nobody has it.
             drop(listen(false).map_err(failed)?);
         }
@@ -171,11 +187,11 @@ impl Share {
 
 /// Serves a pod on this worker until it has drained or is cut.
 async fn serve(pod: Pod, sockets: Sockets4, cut: CancellationToken, _running: TaskTrackerToken) {
-    let listening = async {
+    let served = async {
         let socks5 = async {
             match sockets.socks5 {
                 Some(listener) => accept(listener, &pod, socks5::serve).await,
-                None => std::future::pending().await,
+                None => pod.drain().cancelled().await,
             }
         };
         tokio::join!(
@@ -183,24 +199,22 @@ async fn serve(pod: Pod, sockets: Sockets4, cut: CancellationToken, _running: Ta
             accept(sockets.inbound, &pod, inbound::serve),
             accept(sockets.plaintext, &pod, plaintext::serve),
             socks5,
-            pod.keep_watch(),
         );
+        pod.drain().cancelled().await;
+        pod.tunnels().retire_all();
+        pod.connections().finished().await;
+    };
+    let watched = async {
+        pod.keep_watch().await;
+        std::future::pending().await
     };
     tokio::select! {
-        _ = listening => {}
-        () = pod.drain().cancelled() => {}
-        () = cut.cancelled() => {}
-    }
-    pod.tunnels().retire_all();
-    let ended = async {
-        tokio::select! {
-            () = pod.connections().finished() => {}
-            () = pod.keep_watch() => pod.connections().finished().await,
+        () = served => {}
+        () = watched => {}
+        () = cut.cancelled() => {
+            pod.tunnels().retire_all();
+            cut_off(&pod).await;
         }
-    };
-    tokio::select! {
-        () = ended => {}
-        () = cut.cancelled() => cut_off(&pod).await,
     }
 }
 

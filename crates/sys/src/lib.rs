@@ -9,12 +9,14 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod addresses;
 #[cfg(feature = "jemalloc")]
 pub mod allocator;
 mod link;
 pub mod netns;
 pub mod nft;
 pub mod packets;
+pub mod pidfd;
 pub mod privileges;
 pub mod process;
 pub mod program;

@@ -1,8 +1,9 @@
 //! Network namespaces, held by descriptor.
 //!
 //! A namespace is a property of a thread. [`Netns::run`] therefore never moves the calling thread: it does the work
-//! on a thread of its own, so that no task of a runtime can ever wake up in somebody else's network. Sockets stay in
-//! the namespace they were made in, wherever they are used afterwards.
+//! on a thread of its own, so that no task of a runtime can ever wake up in somebody else's network. [`Visit`] does move
+//! it, for the time of one synchronous function, where a thread for every socket would be too dear. Sockets stay in the
+//! namespace they were made in, wherever they are used afterwards.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -11,6 +12,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::fstat;
 
@@ -79,6 +82,71 @@ impl Netns {
 impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// A way into a namespace and back, for the calling thread.
+#[derive(Debug, Clone)]
+pub struct Visit {
+    there: Netns,
+    home: Netns,
+}
+
+impl Visit {
+    /// From `home`, where every thread that uses it must be.
+    pub fn new(there: Netns, home: Netns) -> Self {
+        Self { there, home }
+    }
+
+    /// The namespace that is visited.
+    pub fn netns(&self) -> &Netns {
+        &self.there
+    }
+
+    /// Runs `f` in the namespace, on the calling thread, which is back when this returns or panics. Needs `CAP_SYS_ADMIN`.
+    pub fn run<T>(&self, f: impl FnOnce() -> T) -> io::Result<T> {
+        self.there.enter_thread()?;
+        let _back = Back(&self.home);
+        Ok(f())
+    }
+}
+
+/// Takes the thread home.
+struct Back<'a>(&'a Netns);
+
+impl Drop for Back<'_> {
+    fn drop(&mut self) {
+        // The kernel needs a little memory for it. A thread that stays behind would do one pod's work in the network of
+        // another, which is worse than no proxy at all.
+        if (0..100).all(|_| self.0.enter_thread().is_err()) {
+            std::process::abort();
+        }
+    }
+}
+
+/// Keeps a namespace at a path, by a bind mount, whatever becomes of its processes and of this one: it can be opened there
+/// again. Needs `CAP_SYS_ADMIN`.
+pub fn hold(netns: &Netns, path: &Path) -> io::Result<()> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let from = format!("/proc/self/fd/{}", netns.as_fd().as_raw_fd());
+    let none = None::<&str>;
+    mount(Some(from.as_str()), path, none, MsFlags::MS_BIND, none).map_err(|error| {
+        // What is left is an empty file.
+        let _ = std::fs::remove_file(path);
+        error.into()
+    })
+}
+
+/// Lets go of what is kept at a path, if anything.
+pub fn release(path: &Path) -> io::Result<()> {
+    match umount2(path, MntFlags::MNT_DETACH) {
+        // Not mounted, or not there: what remains is a file, or nothing.
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+        Err(error) => return Err(error.into()),
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

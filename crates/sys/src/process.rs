@@ -34,6 +34,11 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
     }
 }
 
+/// The user that this process runs as.
+pub fn user() -> u32 {
+    nix::unistd::geteuid().as_raw()
+}
+
 /// Asks a child to end in good order (SIGTERM). One that has ended already and was waited for is left alone.
 pub fn terminate(child: &mut std::process::Child) {
     // A child that was waited for has no process any more, and its number may be another's.

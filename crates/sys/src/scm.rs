@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
 use nix::sys::stat::{Mode, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -44,6 +44,19 @@ impl SeqPacket {
         let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
         socket.connect(&SockAddr::unix(path)?)?;
         Ok(Self(socket))
+    }
+
+    /// Connects to the listener at a path without waiting, and is non-blocking from then on. One whose queue is full is an
+    /// error (`WouldBlock`).
+    pub fn connect_now(path: impl AsRef<Path>) -> io::Result<Self> {
+        let socket = Socket::new(Domain::UNIX, Type::SEQPACKET.nonblocking(), None)?;
+        socket.connect(&SockAddr::unix(path)?)?;
+        Ok(Self(socket))
+    }
+
+    /// The user that the peer ran as when it connected, or, for the one that connected, when the peer listened.
+    pub fn peer_user(&self) -> io::Result<u32> {
+        Ok(getsockopt(&self.0, sockopt::PeerCredentials)?.uid())
     }
 
     /// Takes a descriptor, if it is a sequenced-packet Unix socket.

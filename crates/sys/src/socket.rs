@@ -133,6 +133,12 @@ fn bind_source(socket: &Socket, source: IpAddr, to: SocketAddr, transparent: boo
     socket.bind(&SocketAddr::new(source, 0).into())
 }
 
+/// Has the kernel hand the clients that wait at a listener to another one of the same port when it is closed, instead of
+/// resetting them (`net.ipv4.tcp_migrate_req`, which is for both families). It is a setting of the network namespace.
+pub fn migrate_waiting_clients() -> io::Result<()> {
+    std::fs::write("/proc/sys/net/ipv4/tcp_migrate_req", "1")
+}
+
 /// Whether this process may mark packets.
 pub fn can_mark() -> bool {
     scratch().and_then(|socket| set_mark(socket, 1)).is_ok()

@@ -12,6 +12,7 @@
 pub mod app;
 pub mod capture;
 pub mod discovery;
+mod host;
 pub mod mesh;
 pub mod peer;
 pub mod plan;
@@ -20,6 +21,7 @@ pub mod policy;
 pub mod process;
 pub mod scenario;
 pub mod wait;
+pub mod zds;
 
 pub use app::{Ending, Listener, ending, hear, say};
 pub use discovery::Discovery;

@@ -2,8 +2,10 @@
 //!
 //! What a proxy's surroundings are is here ([`World`]); what can be done with a pod is in [`crate::pod`].
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,7 +17,8 @@ use zspire_sys::process::in_netns;
 use zspire_sys::topology::{self, Topology};
 
 use crate::capture::Recording;
-use crate::plan::{Plan, PodPlan, SERVICE_PORT, Source};
+use crate::host::{Host, Serves};
+use crate::plan::{Mode, NAMESPACE, Plan, PodPlan, SERVICE_PORT, Source};
 use crate::pod::Pod;
 use crate::process::Process;
 use crate::wait::until;
@@ -44,6 +47,7 @@ pub struct Mesh {
     pods: Vec<Pod>,
     plan: Mutex<Plan>,
     world: Arc<World>,
+    hosts: Vec<Arc<Host>>,
     nodes: Vec<topology::Node>,
     topology: Topology,
 }
@@ -54,19 +58,21 @@ impl Mesh {
         let mut topology = Topology::new().expect("a network");
         let world = Arc::new(World::new(plan.source, topology.uplink_address()));
         let mut nodes: Vec<_> = plan.nodes.iter().map(|name| topology.node(name).expect("a node")).collect();
+        let hosts: Vec<_> = (0..nodes.len()).map(|n| Arc::new(node_host(&plan, n, &nodes[n].netns, &world))).collect();
         let mut counts = vec![0; nodes.len()];
         let mut pods = Vec::new();
         for pod in &plan.pods {
             counts[pod.node] += 1;
-            pods.push(Pod::new(
-                pod.clone(),
-                place(&mut nodes[pod.node], pod, counts[pod.node]),
-                &plan.nodes[pod.node],
-                &world,
-            ));
+            let place = place(&mut nodes[pod.node], pod, counts[pod.node], plan.mode);
+            let host = match plan.mode {
+                Mode::Dedicated => Arc::new(pod_host(&plan, pod, &place.netns, &world)),
+                Mode::Shared | Mode::ByHand => hosts[pod.node].clone(),
+            };
+            pods.push(Pod::new(pod.clone(), place, &host));
         }
         let control_plane_runs = plan.control_plane_runs;
-        let mesh = Self { control_plane: Mutex::new(None), pods, plan: Mutex::new(plan), world, nodes, topology };
+        let mesh =
+            Self { control_plane: Mutex::new(None), pods, plan: Mutex::new(plan), world, hosts, nodes, topology };
         mesh.edit(|_| {});
         if mesh.world.source == Source::ControlPlane {
             mesh.start_control_plane();
@@ -81,10 +87,72 @@ impl Mesh {
 
     fn start_proxies(&self, ready: bool) {
         let started = || self.pods.iter().filter(|pod| pod.plan().captured && pod.plan().started);
-        started().for_each(Pod::start);
+        match lock(&self.plan).mode {
+            Mode::Dedicated => started().for_each(Pod::start),
+            Mode::ByHand => return self.hosts.iter().for_each(|host| host.start()),
+            Mode::Shared => {
+                for host in &self.hosts {
+                    host.start();
+                    host.start_agent();
+                }
+                if ready {
+                    started().for_each(|pod| self.enroll(pod));
+                }
+            }
+        }
         if ready {
             started().for_each(Pod::wait_until_ready);
         }
+    }
+
+    /// Enrols a pod at the agent of its node.
+    #[track_caller]
+    pub fn enroll(&self, pod: &Pod) {
+        let output = self.enroll_command(pod).output().expect("the program under test can be started");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// The command that enrols a pod.
+    pub fn enroll_command(&self, pod: &Pod) -> Command {
+        let netns = format!("/proc/{}/fd/{}", std::process::id(), pod.netns().as_fd().as_raw_fd());
+        let arguments = ["enroll", "--netns", &netns, "--name", pod.name(), "--namespace", NAMESPACE];
+        let arguments = [&arguments[..], &["--service-account", pod.name()]].concat();
+        pod.host().agent_command(&arguments)
+    }
+
+    /// The node's socket for pods.
+    #[track_caller]
+    pub fn zds(&self, node: &str) -> PathBuf {
+        self.host(node).zds()
+    }
+
+    /// A command that speaks to the agent of a node.
+    #[track_caller]
+    pub fn agent_command(&self, node: &str, arguments: &[&str]) -> Command {
+        self.host(node).agent_command(arguments)
+    }
+
+    /// Does something with the process of a node's agent.
+    #[track_caller]
+    pub fn agent<T>(&self, node: &str, f: impl FnOnce(&mut Process) -> T) -> T {
+        f(lock(&self.host(node).agent).as_mut().expect("the node has an agent"))
+    }
+
+    /// Starts the agent of a node, also again; returns when it answers.
+    #[track_caller]
+    pub fn start_agent(&self, node: &str) {
+        self.host(node).start_agent();
+    }
+
+    /// The namespace of a node.
+    #[track_caller]
+    pub fn node(&self, node: &str) -> &Netns {
+        &self.host(node).netns
+    }
+
+    #[track_caller]
+    fn host(&self, node: &str) -> &Arc<Host> {
+        self.hosts.iter().find(|host| host.name == node).unwrap_or_else(|| panic!("the mesh has no node {node}"))
     }
 
     /// The pod with a name.
@@ -176,29 +244,67 @@ impl Mesh {
     }
 
     fn issue_tokens(&self) {
-        let nodes = lock(&self.plan).nodes.clone();
-        for pod in self.pods.iter().filter(|pod| pod.plan().captured) {
-            let node = &nodes[pod.plan().node];
+        let of_pods = self.pods.iter().filter(|pod| pod.plan().captured).map(Pod::host);
+        let hosts: Vec<_> = match lock(&self.plan).mode {
+            Mode::Dedicated => of_pods.collect(),
+            Mode::Shared | Mode::ByHand => self.hosts.iter().collect(),
+        };
+        for host in hosts {
             let token = until("a join token", || {
                 let output =
-                    self.control_plane_command(&["token", "--node", node]).output().map_err(|e| e.to_string())?;
+                    self.control_plane_command(&["token", "--node", &host.node]).output().map_err(|e| e.to_string())?;
                 let said = String::from_utf8_lossy(&output.stderr).into_owned();
                 if output.status.success() { Ok(output.stdout) } else { Err(said) }
             });
-            fs::write(self.path(&format!("{}.token", pod.name())), token).expect("the test's own folder");
+            fs::write(self.path(&format!("{}.token", host.name)), token).expect("the test's own folder");
         }
     }
 }
 
-/// Makes the pod's namespace, with redirection if it is captured.
-fn place(node: &mut topology::Node, plan: &PodPlan, number: u8) -> topology::Pod {
+fn pod_host(plan: &Plan, pod: &PodPlan, netns: &Netns, world: &Arc<World>) -> Host {
+    Host {
+        name: pod.name.clone(),
+        node: plan.nodes[pod.node].clone(),
+        serves: Serves::Pod,
+        netns: netns.clone(),
+        environment: pod.environment.clone(),
+        descriptors: pod.descriptors,
+        world: world.clone(),
+        proxy: Mutex::default(),
+        agent: Mutex::default(),
+    }
+}
+
+/// The proxy of a node has the settings of all the pods there.
+fn node_host(plan: &Plan, node: usize, netns: &Netns, world: &Arc<World>) -> Host {
+    let mut environment = BTreeMap::new();
+    let pods = || plan.pods.iter().filter(|pod| pod.node == node && pod.captured);
+    for (name, value) in pods().flat_map(|pod| &pod.environment) {
+        let before = environment.insert(name.clone(), value.clone());
+        assert!(before.is_none_or(|before| before == *value), "two pods of a node want different values of {name}");
+    }
+    Host {
+        name: plan.nodes[node].clone(),
+        node: plan.nodes[node].clone(),
+        serves: Serves::Node,
+        netns: netns.clone(),
+        environment,
+        descriptors: pods().find_map(|pod| pod.descriptors),
+        world: world.clone(),
+        proxy: Mutex::default(),
+        agent: Mutex::default(),
+    }
+}
+
+/// Makes the pod's namespace, with redirection if it is captured and nobody else will see to it.
+fn place(node: &mut topology::Node, plan: &PodPlan, number: u8, mode: Mode) -> topology::Pod {
     let address = node.pod_address(number);
     let pod = match plan.dual_stack {
         true => node.dual_stack_pod(&plan.name, address),
         false => node.pod(&plan.name, address),
     };
     let pod = pod.expect("a pod");
-    if plan.captured {
+    if plan.captured && mode != Mode::Shared {
         let applied = pod.netns.run(|| Redirection::default().apply());
         applied.expect("the namespace can be entered").expect("a pod's connections can be redirected");
     }

@@ -26,9 +26,21 @@ pub enum Source {
     ControlPlane,
 }
 
+/// Who serves pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// A proxy in each pod.
+    Dedicated,
+    /// One proxy on each node; a node agent enrols the pods.
+    Shared,
+    /// One proxy on each node, and the test in the agent's place.
+    ByHand,
+}
+
 /// What a scenario asks for.
 #[derive(Debug, Clone)]
 pub struct Plan {
+    pub(crate) mode: Mode,
     pub(crate) nodes: Vec<String>,
     pub(crate) pods: Vec<PodPlan>,
     pub(crate) services: Vec<ServicePlan>,
@@ -61,9 +73,11 @@ pub struct ServicePlan {
     pub(crate) waypoint: Option<String>,
 }
 
-/// An empty mesh.
+/// An empty mesh. Tests of a module called `shared` have one proxy on each node, others one in each pod.
 pub fn mesh() -> Plan {
+    let shared = crate::scenario::test_name().contains("shared::");
     Plan {
+        mode: if shared { Mode::Shared } else { Mode::Dedicated },
         nodes: Vec::new(),
         pods: Vec::new(),
         services: Vec::new(),
@@ -257,6 +271,18 @@ impl Plan {
     /// Takes all policies away.
     pub fn remove_policies(&mut self) {
         self.policies.clear();
+    }
+
+    /// One proxy on each node; a node agent enrols the pods there.
+    #[must_use]
+    pub fn shared(self) -> Self {
+        Self { mode: Mode::Shared, ..self }
+    }
+
+    /// One proxy on each node, and the test itself hands pods over ([`crate::zds`]). The proxies do not wait to be ready.
+    #[must_use]
+    pub fn by_hand(self) -> Self {
+        Self { mode: Mode::ByHand, ..self }
     }
 
     /// Certificates and discovery come from a control plane.

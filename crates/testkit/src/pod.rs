@@ -2,19 +2,18 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::path::Path;
 use std::process::{Command, ExitStatus, Output};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use serde_json::Value;
 use zspire_sys::netns::Netns;
-use zspire_sys::nft::Redirection;
 use zspire_sys::process::in_netns;
 use zspire_sys::topology;
 
 use crate::app::{self, Greeter, Greeting, Listener};
+use crate::host::{Host, Serves};
 use crate::mesh::{World, lock};
-use crate::plan::{APPLICATION_PORT, NAMESPACE, PodPlan, Source};
+use crate::plan::{APPLICATION_PORT, PodPlan};
 use crate::process::Process;
 use crate::wait::until;
 
@@ -30,15 +29,18 @@ pub struct Pod(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     plan: PodPlan,
-    node: String,
     place: topology::Pod,
     world: Arc<World>,
-    proxy: Mutex<Option<Process>>,
+    host: Arc<Host>,
 }
 
 impl Pod {
-    pub(crate) fn new(plan: PodPlan, place: topology::Pod, node: &str, world: &Arc<World>) -> Self {
-        Self(Arc::new(Inner { plan, node: node.into(), place, world: world.clone(), proxy: Mutex::new(None) }))
+    pub(crate) fn new(plan: PodPlan, place: topology::Pod, host: &Arc<Host>) -> Self {
+        Self(Arc::new(Inner { plan, place, world: host.world.clone(), host: host.clone() }))
+    }
+
+    pub(crate) fn host(&self) -> &Arc<Host> {
+        &self.0.host
     }
 
     pub(crate) fn plan(&self) -> &PodPlan {
@@ -98,9 +100,11 @@ impl Pod {
         in_netns(self.netns(), command)
     }
 
-    /// What a command of ours in the pod prints.
+    /// What a command of ours prints, where its proxy is.
     pub fn zspire(&self, arguments: &[&str]) -> Output {
-        in_netns(self.netns(), self.0.world.zspire(arguments)).output().expect("the program under test can be started")
+        in_netns(&self.0.host.netns, self.0.world.zspire(arguments))
+            .output()
+            .expect("the program under test can be started")
     }
 
     // Applications.
@@ -164,54 +168,18 @@ impl Pod {
 
     /// Starts its proxy, also again.
     pub fn start(&self) {
-        let process = Process::start(&format!("proxy-{}", self.name()), self.folder(), self.proxy_command());
-        *lock(&self.0.proxy) = Some(process);
+        self.0.host.start();
     }
 
     /// The command that starts its proxy.
     pub fn proxy_command(&self) -> Command {
-        let Inner { plan, node, world, .. } = &*self.0;
-        let mut command = match plan.descriptors {
-            None => world.zspire(&["proxy"]),
-            Some(limit) => {
-                let mut shell = Command::new("sh");
-                shell.args(["-c", &format!("ulimit -n {limit} && exec \"$0\" proxy")]).arg(&world.program);
-                world.surroundings(&mut shell);
-                shell
-            }
-        };
-        command
-            .env("PROXY_MODE", "dedicated")
-            .env("PROXY_WORKLOAD_INFO", format!("{NAMESPACE}/{0}/{0}", plan.name))
-            .env("NODE_NAME", node)
-            .env("PACKET_MARK", Redirection::default().mark.to_string())
-            .env("LOG_FORMAT", "json")
-            .env("ZTUNNEL_WORKER_THREADS", "2");
-        match world.source {
-            Source::Files => {
-                command.env("FAKE_CA", "true").env("LOCAL_XDS_PATH", self.folder().join("mesh.json"));
-            }
-            Source::ControlPlane => {
-                let address = format!("https://{}", world.control_plane);
-                command
-                    .env("CA_ADDRESS", &address)
-                    .env("XDS_ADDRESS", &address)
-                    .env("ZSPIRE_JOIN_TOKEN", self.folder().join(format!("{}.token", plan.name)))
-                    .env("ZSPIRE_STATE_DIR", self.folder().join(format!("{}.state", plan.name)));
-            }
-        }
-        command.envs(&plan.environment);
-        in_netns(self.netns(), command)
-    }
-
-    fn folder(&self) -> &Path {
-        self.0.world.folder.path()
+        self.0.host.proxy_command()
     }
 
     /// Does something with its proxy's process.
     #[track_caller]
     pub fn proxy<T>(&self, f: impl FnOnce(&mut Process) -> T) -> T {
-        f(lock(&self.0.proxy).as_mut().unwrap_or_else(|| panic!("{} has no proxy", self.name())))
+        f(lock(&self.0.host.proxy).as_mut().unwrap_or_else(|| panic!("{} has no proxy", self.name())))
     }
 
     /// Tells its proxy to stop.
@@ -274,9 +242,16 @@ impl Pod {
     /// Waits for a line in its proxy's access log.
     #[track_caller]
     pub fn access(&self, direction: &str, is_it: impl Fn(&Value) -> bool) -> Value {
+        // A proxy of several pods tells of all of them in one log.
+        let own = match (&self.0.host.serves, direction) {
+            (Serves::Pod, _) => None,
+            (Serves::Node, "inbound") => Some("dst.workload"),
+            (Serves::Node, _) => Some("src.workload"),
+        };
+        let of_this_pod = |line: &Value| own.is_none_or(|own| line[own].is_null() || line[own] == self.name());
         self.proxy(|proxy| {
             proxy.line(&format!("{direction} access"), |line| {
-                line["scope"] == "access" && line["direction"] == direction && is_it(line)
+                line["scope"] == "access" && line["direction"] == direction && of_this_pod(line) && is_it(line)
             })
         })
     }
@@ -288,7 +263,7 @@ impl Pod {
     }
 
     fn http(&self, port: u16, request: &str, headers: &[&str]) -> io::Result<Answer> {
-        let mut socket = self.connect(([127, 0, 0, 1], port).into())?;
+        let mut socket = app::connect(&self.0.host.netns, ([127, 0, 0, 1], port).into())?;
         let host = if headers.iter().any(|header| header.starts_with("Host:")) { "" } else { "Host: localhost\r\n" };
         let more: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
         socket.write_all(format!("{request} HTTP/1.1\r\n{host}{more}Connection: close\r\n\r\n").as_bytes())?;

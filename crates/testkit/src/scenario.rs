@@ -31,7 +31,7 @@ pub fn scenario(entering: &Path, body: impl FnOnce()) {
 }
 
 /// The name of the test that runs: its thread's, or, where it has none of its own, what the command line asks for.
-fn test_name() -> String {
+pub(crate) fn test_name() -> String {
     let thread = std::thread::current();
     let mut arguments = std::env::args().skip(1);
     let asked = || arguments.by_ref().skip_while(|argument| argument != "--exact").find(|it| !it.starts_with("--"));

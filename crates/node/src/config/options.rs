@@ -51,6 +51,10 @@ table! {
         SERVICE_ACCOUNT = "": "Service account of the proxy's own pod.";
         INSTANCE_IP = "1.1.1.1": "Address of the proxy's own pod, part of its node id.";
     }
+    "Pods of a node (PROXY_MODE=shared)" {
+        INPOD_UDS = "/var/run/ztunnel/ztunnel.sock": "Socket of the node agent that hands over pods: istio-cni, or `zspire node-agent`.";
+        INPOD_PORT_REUSE = "true": "Join the ports of a proxy that serves the same pods already (SO_REUSEPORT), so that a new one takes over from an old one without a gap.";
+    }
     "Discovery (xDS)" {
         XDS_ADDRESS = "https://istiod.istio-system.svc:15012 in Kubernetes, else https://localhost:15012": "Workload discovery server; the mesh file's `discoveryAddress` comes before the default; empty: none.";
         XDS_ROOT_CA = "./var/run/secrets/istio/root-cert.pem": "What the discovery server is verified against: a file, `SYSTEM`, or PEM.";

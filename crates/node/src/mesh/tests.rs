@@ -63,21 +63,18 @@ fn mesh(prefetch: Option<&str>) -> (Arc<Noting>, Mesh) {
 fn a_pod_is_told_when_its_workload_comes_changes_and_goes() {
     let (source, mesh) = mesh(None);
     let mut local = mesh.follow(&name("web-1"));
-    assert!(local.borrow_and_update().is_none());
+    assert!(local.borrow_and_update().here().is_none());
     mesh.apply([
         Change::PutWorkload(workload("web-1", "web", "n")),
         Change::PutWorkload(workload("other", "web", "n")),
     ]);
-    assert_eq!(
-        local.borrow_and_update().as_ref().map(|local| local.workload.name.to_string()).as_deref(),
-        Some("web-1")
-    );
+    assert_eq!(local.borrow_and_update().here().map(|local| local.workload.name.to_string()).as_deref(), Some("web-1"));
     let id: SpiffeId = "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap();
     assert_eq!(*source.asked.lock().unwrap(), [format!("watch {id} WarmUp")]);
     // Whoever follows later is told at once.
-    assert!(mesh.follow(&name("web-1")).borrow().is_some());
+    assert!(mesh.follow(&name("web-1")).borrow().here().is_some());
     mesh.apply([Change::RemoveWorkload("c//Pod/shop/web-1".into())]);
-    assert!(local.borrow_and_update().is_none());
+    assert!(local.borrow_and_update().here().is_none());
     assert_eq!(source.asked.lock().unwrap().last().unwrap(), &format!("forget {id}"));
 }
 
@@ -88,7 +85,7 @@ fn a_pod_is_not_told_of_a_workload_with_another_account_or_of_another_cluster() 
     let mut elsewhere = Workload::clone(&workload("web-1", "web", "n"));
     elsewhere.cluster_id = "d".into();
     mesh.apply([Change::PutWorkload(workload("web-1", "admin", "n")), Change::PutWorkload(Arc::new(elsewhere))]);
-    assert!(local.borrow().is_none());
+    assert!(local.borrow().here().is_none());
 }
 
 #[test]

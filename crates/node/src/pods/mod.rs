@@ -1,8 +1,9 @@
 //! The pods that this proxy serves, and the proxies that serve them.
 //!
 //! Owns the set of pods by UID: it starts a pod's proxy, retries one that did not start, replaces one whose
-//! network namespace changed, drains one that went. Whoever says which pods there are ([`zds`], or the
-//! one workload of a dedicated proxy) calls it; how a proxy is made is the [`Launcher`]'s.
+//! network namespace changed, drains one that went. A node agent says which pods there are: [`client`] keeps the
+//! connection to it, [`zds`] knows its messages. How a proxy is made is the [`Launcher`]'s, in earnest [`launcher`]'s;
+//! [`place`] keeps an identity out of a namespace that is not its pod's.
 //!
 //! ```text
 //!              start fails              retried
@@ -13,7 +14,12 @@
 //!                     deleted, or not in the snapshot: drain, gone
 //! ```
 
+pub mod client;
+pub mod launcher;
+pub mod place;
 pub mod zds;
+
+pub use client::{Board, Client};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

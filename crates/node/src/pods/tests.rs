@@ -223,3 +223,67 @@ fn a_recorded_conversation_ends_with_its_pods() {
         ["start web@11", "start db@12", "start late@13", "drain late@13", "drain web@11", "start web@21"]
     );
 }
+
+/// Everything that Istio's node agent was recorded to say, connection by connection, replayed in order.
+#[test]
+fn recorded_conversations_are_answered_and_leave_the_pods_they_name() {
+    for text in [include_str!("recorded/zds-full.jsonl"), include_str!("recorded/zds-extra.jsonl")] {
+        let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let mut rig = Rig::new();
+        // What the pods must be: those of the whole snapshot, and what was said since.
+        let (mut expected, mut named) = (BTreeMap::new(), None::<BTreeMap<String, u64>>);
+        let mut messages = 0;
+        for line in lines {
+            // Where two clients were connected, each heard a part of it: this is the one that heard it all.
+            if line["event"] == "connected" {
+                rig.pods.begin_snapshot();
+                named = Some(BTreeMap::new());
+            }
+            let Some((kind, of)) = line["recv"].as_object().and_then(|recv| recv.iter().next()) else { continue };
+            messages += 1;
+            let uid = of["uid"].as_str().unwrap_or_default();
+            let inode = line["netns"][0].as_u64().unwrap_or_default();
+            let (payload, error) = match kind.as_str() {
+                "add" => {
+                    named.as_mut().unwrap_or(&mut expected).insert(uid.to_owned(), inode);
+                    if named.is_some() {
+                        expected.insert(uid.to_owned(), inode);
+                    }
+                    let info = &of["workload_info"];
+                    let field = |name: &str| info[name].as_str().unwrap().to_owned();
+                    INODE.with(|i| *i.borrow_mut() = inode);
+                    let info = WorkloadInfo {
+                        name: field("name"),
+                        namespace: field("namespace"),
+                        service_account: field("service_account"),
+                    };
+                    (Payload::Add(AddWorkload { uid: uid.into(), workload_info: Some(info) }), "")
+                }
+                "keep" => {
+                    if let (Some(named), Some(inode)) = (&mut named, expected.get(uid)) {
+                        named.insert(uid.to_owned(), *inode);
+                    }
+                    (keep(uid), "")
+                }
+                "del" => {
+                    named.as_mut().map(|named| named.remove(uid));
+                    expected.remove(uid);
+                    (del(uid), "")
+                }
+                "snapshot_sent" => {
+                    if let Some(named) = named.take() {
+                        expected = named;
+                    }
+                    (sent(), "")
+                }
+                other => panic!("{other} was recorded"),
+            };
+            let descriptors = line["fds"].as_u64().unwrap() as usize;
+            assert_eq!(rig.send(payload, descriptors), error, "{line}");
+            let served: BTreeMap<String, u64> =
+                rig.pods.pods.iter().map(|(uid, pod)| (uid.clone(), pod.namespace.inode)).collect();
+            assert_eq!(served, expected, "after {line}");
+        }
+        assert!(messages > 10, "{messages}");
+    }
+}

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::process::Command;
 
-use zspire_sys::netns::Netns;
+use zspire_sys::netns::{Netns, Visit};
 use zspire_sys::process::in_netns;
 
 #[test]
@@ -36,6 +36,18 @@ fn the_value_of_the_work_comes_back_and_so_does_its_panic() {
     assert_eq!(netns.run(|| text.len()).unwrap(), 8);
     let panic = std::panic::catch_unwind(|| netns.run(|| panic!("as it was meant")));
     assert_eq!(*panic.unwrap_err().downcast::<&str>().unwrap(), "as it was meant");
+}
+
+#[test]
+fn a_visit_ends_at_home_also_by_a_panic() {
+    let (home, there) = (Netns::current().unwrap(), Netns::new().unwrap());
+    let here = home.inode().unwrap();
+    let visit = Visit::new(there.clone(), home);
+    let inside = visit.run(|| Netns::current().unwrap().inode().unwrap()).unwrap();
+    assert_eq!(inside, there.inode().unwrap());
+    assert_eq!(Netns::current().unwrap().inode().unwrap(), here);
+    std::panic::catch_unwind(|| visit.run(|| panic!("as it was meant"))).unwrap_err();
+    assert_eq!(Netns::current().unwrap().inode().unwrap(), here);
 }
 
 #[test]

@@ -62,6 +62,8 @@ fn identity(c: &Config, all: &mut BTreeMap<&str, Value>) {
         ("proxy", json!(c.proxy)),
         ("proxyMode", json!(mode)),
         ("proxyWorkloadInformation", workload),
+        ("inpodUds", path(&c.inpod_uds)),
+        ("inpodPortReuse", json!(c.inpod_port_reuse)),
         ("network", json!(c.network)),
         ("clusterId", json!(c.cluster_id)),
         ("clusterDomain", json!(c.cluster_domain)),
