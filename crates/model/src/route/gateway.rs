@@ -132,13 +132,14 @@ impl<R: RngCore> Router<'_, R> {
         Some(Found { workload, service: None, target })
     }
 
-    /// An endpoint of a gateway's service. One with an application tunnel needs no such port in the service.
+    /// An endpoint of a gateway's service. One with an application tunnel needs no such port in the service: the tunnel is taken
+    /// by the node proxy in front of it, at the port that was asked for.
     fn choose_instance(&mut self, service: Arc<Service>, number: u16) -> Option<Found> {
         let key = service.key();
         let target = |workload: &Workload| {
             own_port(workload, &key, number)
                 .or(service.port(number).and_then(|port| port.target))
-                .or(workload.application_tunnel.map(|tunnel| tunnel.port.unwrap_or(number)))
+                .or(workload.application_tunnel.map(|_| number))
         };
         let v6 = self.request.destination.is_v6();
         let excluded = self.request.excluded;

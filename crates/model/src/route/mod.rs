@@ -37,7 +37,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { preferred_service_namespace: None, own_ports: vec![15001, 15006, HBONE_PORT, 15080] }
+        Self { preferred_service_namespace: None, own_ports: vec![15001, 15006, HBONE_PORT, 15053, 15080] }
     }
 }
 
@@ -372,10 +372,12 @@ impl<R: RngCore> Router<'_, R> {
             return Err(Reject::UnknownPort { service: key, port: number });
         };
         let target = |workload: &Workload| own_port(workload, &key, number).or(port.target);
-        let excluded = self.request.excluded;
+        let RouteRequest { source, excluded, .. } = *self.request;
         let eligible = |workload: &Workload| {
+            // What is in another network needs no address here: its gateway is asked for the service.
+            let beyond = workload.network != source.network && workload.network_gateway.is_some();
             target(workload).is_some()
-                && (address(workload, service, None).is_some() || !workload.hostname.is_empty())
+                && (beyond || address(workload, service, None).is_some() || !workload.hostname.is_empty())
                 && !excluded.contains(&workload.uid)
         };
         let endpoints = self.snapshot.endpoints(&key);

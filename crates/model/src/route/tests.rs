@@ -10,7 +10,9 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
 use super::*;
-use crate::fixture::{Mesh, With, address as at, cidr, entry, gateway, gateway_at, join, pod, port, service, weighted};
+use crate::fixture::{
+    Mesh, With, address as at, cidr, entry, gateway, gateway_at, join, key, pod, port, service, weighted,
+};
 use crate::service::{HealthPolicy, IpFamilies, LoadBalancer, Scope, Visibility};
 use crate::workload::{Health, NetworkMode};
 use crate::{ApplicationTunnel, Locality};

@@ -230,3 +230,94 @@ fn a_resolved_hostname_takes_the_place_of_the_name() {
     let Path::Hbone(tunnel) = resolved.path else { panic!("{:?}", resolved.path) };
     assert_eq!(tunnel.authority.to_string(), "203.0.113.5:8080");
 }
+
+#[test]
+fn endpoints_that_have_failed_are_not_chosen_again() {
+    let mesh = small().and(pod("second", "10.0.0.3").of("svc")).and(pod("third", "10.0.0.4").of("svc"));
+    let all: Vec<Str> = ["c1//Pod/ns/second", "c1//Pod/ns/server", "c1//Pod/ns/third"].map(Into::into).into();
+    let chosen = |excluded: &[Str]| {
+        let (snapshot, client, settings) = (mesh.snapshot(), client(), Settings::default());
+        let mut rng = SmallRng::seed_from_u64(5);
+        let request = RouteRequest {
+            source: &client,
+            source_address: "10.0.0.1".parse().unwrap(),
+            destination: destination("10.1.0.1:80"),
+            excluded,
+            settings: &settings,
+        };
+        let mut names: Vec<_> = (0..100)
+            .map(|_| {
+                let route = route(&snapshot, &request, &mut rng);
+                assert_eq!(route.choices, 3);
+                match route.decision {
+                    Ok(upstream) => upstream.workload.unwrap().uid.to_string(),
+                    Err(reject) => reject.to_string(),
+                }
+            })
+            .collect();
+        names.sort();
+        names.dedup();
+        join(names, " ")
+    };
+    assert_eq!(chosen(&[]), join(&all, " "));
+    assert_eq!(chosen(&all[..1]), join(&all[1..], " "));
+    assert_eq!(chosen(&all[..2]), *all[2]);
+    assert_eq!(chosen(&all), "no healthy upstream: service ns/svc.test has no endpoint for port 80");
+}
+
+/// A random source that counts how often it is asked.
+struct Counted(SmallRng, usize);
+
+impl RngCore for Counted {
+    fn next_u32(&mut self) -> u32 {
+        self.1 += 1;
+        self.0.next_u32()
+    }
+
+    fn next_u64(&mut self) -> u64 {
+        self.1 += 1;
+        self.0.next_u64()
+    }
+
+    fn fill_bytes(&mut self, bytes: &mut [u8]) {
+        self.1 += 1;
+        self.0.fill_bytes(bytes);
+    }
+}
+
+/// How often endpoints are looked at, and the random source is asked, for a thousand choices.
+fn looks(endpoints: usize, mode: Mode, failed: usize) -> (usize, usize) {
+    let name = |number: usize| format!("pod-{number}");
+    let at = |number: usize| format!("10.{}.{}.{}", 64 + number / 65_536, number / 256 % 256, number % 256);
+    let all = (0..endpoints).map(|number| {
+        in_zone(pod(&name(number), &at(number)).of("svc"), "eu", "a").with(|it| it.capacity = 1 + number as u32 % 3)
+    });
+    let mesh = all.fold(Mesh::default().and(balanced(&[Scope::Region, Scope::Zone], mode)), Mesh::and);
+    let snapshot = mesh.snapshot();
+    let client = in_zone(client(), "eu", "a");
+    let failed: Vec<Str> = (0..failed).map(|number| format!("c1//Pod/ns/{}", name(number)).into()).collect();
+    let looked = std::cell::Cell::new(0);
+    let mut rng = Counted(SmallRng::seed_from_u64(7), 0);
+    for _ in 0..1000 {
+        let choice = snapshot.endpoints(&key("svc")).unwrap().choose(&client, &mut rng, |workload| {
+            looked.set(looked.get() + 1);
+            !failed.contains(&workload.uid)
+        });
+        assert!(choice.is_some());
+    }
+    (looked.get(), rng.1)
+}
+
+#[test]
+fn a_choice_looks_at_as_many_of_ten_thousand_endpoints_as_of_ten() {
+    for mode in [Mode::Standard, Mode::Failover, Mode::Strict] {
+        let few = looks(10, mode, 0);
+        let many = looks(10_000, mode, 0);
+        assert_eq!((few.0, many.0), (1000, 1000), "each choice looks at the one that it takes");
+        // Drawing rejects at most every second time, however many there are.
+        assert!(few.1 < 6000 && many.1 < 6000, "{few:?} {many:?}");
+        // One that has failed is drawn now and then, and drawn again.
+        let (looked, _) = looks(10_000, mode, 2);
+        assert!(looked < 1010, "{looked}");
+    }
+}

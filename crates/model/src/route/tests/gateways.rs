@@ -160,7 +160,7 @@ fn a_waypoint_without_identity_is_not_trusted() {
 }
 
 #[test]
-fn a_waypoint_behind_a_node_proxy_is_reached_at_its_tunnel_port() {
+fn a_waypoint_behind_a_node_proxy_is_reached_at_that_proxys_port() {
     let tunnel = ApplicationTunnel { protocol: Default::default(), port: Some(15088) };
     let mesh = small()
         .and(service("way", "10.1.0.9").with(|it| it.ports = vec![]))
@@ -170,7 +170,7 @@ fn a_waypoint_behind_a_node_proxy_is_reached_at_its_tunnel_port() {
         "10.1.0.1:80",
         &mesh,
         &expect![[r#"
-        to 10.0.0.9:15088
+        to 10.0.0.9:15008
         CONNECT 10.1.0.1:80 expecting spiffe://cluster.local/ns/ns/sa/way
         - the destination is service ns/svc.test, by its virtual address
         - a waypoint has to be passed: c1//Pod/ns/way"#]],
@@ -304,5 +304,39 @@ fn another_network_without_a_gateway_is_reached_directly() {
         - the destination is service ns/svc.test, by its virtual address
         - endpoint c1//Pod/ns/far was drawn by weight
         - it takes HBONE"#]],
+    );
+}
+
+/// What a control plane tells of endpoints in another network: how many there are, and nothing of each.
+#[test]
+fn endpoints_without_addresses_are_reached_through_their_gateway_alone() {
+    let nameless = |network: &str| {
+        pod("many", "10.9.0.1").of("svc").in_network(network).with(|it| {
+            it.addresses.clear();
+            it.service_account = "".into();
+            it.capacity = 7;
+            it.network_gateway = Some(Arc::new(gateway_at("", "10.0.0.8")));
+        })
+    };
+    let named = service("svc", "10.1.0.1").with(|it| it.subject_alt_names = vec!["spiffe://far/ns/ns/sa/svc".into()]);
+    let mesh = |it: Workload| Mesh::default().and(named.clone()).and(pod("gate", "10.0.0.8")).and(it);
+    check(
+        "10.1.0.1:80",
+        &mesh(nameless("far")),
+        &expect![[r#"
+            to 10.0.0.8:15008
+            CONNECT svc.test:80 expecting spiffe://cluster.local/ns/ns/sa/gate
+            CONNECT svc.test:80 expecting spiffe://far/ns/ns/sa/svc
+            - the destination is service ns/svc.test, by its virtual address
+            - endpoint c1//Pod/ns/many was drawn by weight
+            - the endpoint is in network "far", behind gateway c1//Pod/ns/gate"#]],
+    );
+    // In the client's own network nothing leads to it.
+    check(
+        "10.1.0.1:80",
+        &mesh(nameless("")),
+        &expect![[r#"
+            rejected: no healthy upstream: service ns/svc.test has no endpoint for port 80
+            - the destination is service ns/svc.test, by its virtual address"#]],
     );
 }
