@@ -38,5 +38,6 @@ pub use meter::{Counters, End};
 pub use pool::{Connected, Lease, Pool, PoolConfig, PoolStats};
 pub use request::{Malformed, Request, RequestHead, ResponseHead, Target};
 pub use server::{Handler, Incoming, serve};
+pub use shared::TunnelId;
 pub use stream::{Stream, StreamIo};
 pub use tunnel::{Driver, Tunnel};

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use crate::error::OpenError;
 use crate::request::{Request, ResponseHead};
-use crate::shared::Slot;
+use crate::shared::{Slot, TunnelId};
 use crate::stream::Stream;
 use crate::tunnel::Tunnel;
 
@@ -172,13 +172,30 @@ impl<K: Clone + Eq + Hash + 'static, E: Clone + 'static> Pool<K, E> {
         let unsettled = entry.tunnels.iter().filter(|pooled| !pooled.tunnel.is_settled()).count();
         if entry.waiting.len() > (entry.making + unsettled) * entry.expected {
             entry.making += 1;
-            let (pool, key, made) = (self.clone(), key.clone(), make());
-            tokio::task::spawn_local(async move {
-                let result = made.await;
-                pool.made(key, result);
-            });
+            self.begin(key, make());
         }
         Err(receiver)
+    }
+
+    /// Makes one more tunnel for a key, unless one is being made: the ones there are will soon not be used any more.
+    pub fn renew<F>(&self, key: &K, make: impl FnOnce() -> F)
+    where
+        F: Future<Output = Result<Connected, E>> + 'static,
+    {
+        let mut entries = self.0.entries.borrow_mut();
+        let entry = entries.entry(key.clone()).or_default();
+        if entry.making == 0 {
+            entry.making += 1;
+            self.begin(key, make());
+        }
+    }
+
+    fn begin(&self, key: &K, making: impl Future<Output = Result<Connected, E>> + 'static) {
+        let (pool, key) = (self.clone(), key.clone());
+        tokio::task::spawn_local(async move {
+            let result = making.await;
+            pool.made(key, result);
+        });
     }
 
     /// A stream of `key` may be free.
@@ -283,17 +300,22 @@ impl<K: Clone + Eq + Hash + 'static, E: Clone + 'static> Pool<K, E> {
         }
     }
 
-    /// Retires the tunnels whose key is no longer wanted: they take no new streams, and end with their last.
-    pub fn retire(&self, unwanted: impl Fn(&K) -> bool) {
+    /// Retires the tunnels that are no longer wanted: they take no new streams, and end with their last.
+    pub fn retire(&self, unwanted: impl Fn(&K, TunnelId) -> bool) {
         let mut gone = 0;
         self.0.entries.borrow_mut().retain(|key, entry| {
-            if !unwanted(key) {
+            let before = entry.tunnels.len();
+            entry.tunnels.retain(|pooled| {
+                let unwanted = unwanted(key, pooled.tunnel.id());
+                if unwanted {
+                    pooled.tunnel.retire();
+                }
+                !unwanted
+            });
+            if entry.tunnels.len() == before {
                 return true;
             }
-            for pooled in entry.tunnels.drain(..) {
-                pooled.tunnel.retire();
-                gone += 1;
-            }
+            gone += (before - entry.tunnels.len()) as i64;
             entry.answer();
             !entry.is_unused()
         });
@@ -305,7 +327,7 @@ impl<K: Clone + Eq + Hash + 'static, E: Clone + 'static> Pool<K, E> {
     /// Retires every tunnel, also those that are being made.
     pub fn close(&self) {
         self.0.closed.set(true);
-        self.retire(|_| true);
+        self.retire(|_, _| true);
     }
 
     /// How many there are now.

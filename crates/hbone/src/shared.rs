@@ -8,8 +8,22 @@ use tokio::time::Instant;
 
 use crate::error::Ended;
 
+/// Names a tunnel among all of its thread, also when it is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TunnelId(u64);
+
+impl TunnelId {
+    fn new() -> Self {
+        thread_local! {
+            static NEXT: Cell<u64> = const { Cell::new(0) };
+        }
+        NEXT.with(|next| Self(next.replace(next.get() + 1)))
+    }
+}
+
 /// One tunnel, seen by its streams, its handles and its driver.
 pub(crate) struct Shared {
+    pub(crate) id: TunnelId,
     /// Streams that are open or being opened.
     pub(crate) streams: Cell<usize>,
     /// When the last stream was closed.
@@ -37,6 +51,7 @@ impl std::fmt::Debug for Shared {
 impl Shared {
     pub(crate) fn new() -> Rc<Self> {
         Rc::new(Self {
+            id: TunnelId::new(),
             streams: Cell::new(0),
             idle_since: Cell::new(Instant::now()),
             held: Cell::new(0),

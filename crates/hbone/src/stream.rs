@@ -9,7 +9,7 @@ use bytes::{Buf, Bytes};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::shared::Slot;
+use crate::shared::{Slot, TunnelId};
 
 /// An open stream. Dropping it before both directions have ended resets it.
 pub struct Stream {
@@ -22,6 +22,11 @@ impl Stream {
     /// The stream as a byte stream, for a tunnel inside this one.
     pub fn into_io(self) -> StreamIo {
         StreamIo { stream: self, unread: Bytes::new(), finished: false }
+    }
+
+    /// The tunnel that it belongs to.
+    pub fn tunnel(&self) -> TunnelId {
+        self.slot.0.id
     }
 
     /// Tells the peer that the connection was cut.

@@ -18,7 +18,7 @@ use crate::driver::Turn;
 use crate::error::{Ended, OpenError};
 use crate::guard::Guard;
 use crate::request::{Request, ResponseHead};
-use crate::shared::{Shared, Slot};
+use crate::shared::{Shared, Slot, TunnelId};
 use crate::stream::Stream;
 use crate::wire::{self, Wire};
 
@@ -78,6 +78,11 @@ impl Tunnel {
     /// Calls `f` whenever more streams may be free than before.
     pub(crate) fn on_freed(&self, f: impl Fn() + 'static) {
         self.shared.on_freed(Rc::new(f));
+    }
+
+    /// Its name, as [`Stream::tunnel`] has it.
+    pub fn id(&self) -> TunnelId {
+        self.shared.id
     }
 
     /// Streams that are open.

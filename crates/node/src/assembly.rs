@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use zspire_identity::Source;
+use zspire_identity::{Revocation, Source};
 use zspire_model::{SpiffeId, Str, TrustDomain};
 use zspire_proxy::flow::{Direction, Table};
 use zspire_proxy::workers::Workers;
@@ -94,6 +94,7 @@ struct Served {
     pods: pods::Board,
     checks: OnceLock<Checks>,
     source: Arc<dyn Source>,
+    revocation: Revocation,
     discovery: discovery::Board,
 }
 
@@ -133,17 +134,21 @@ impl Node {
                 connections: Table::default(),
                 authorization: mesh.authorization(),
                 discovered: mesh.discovered(),
+                trust: control.revocation.changes(),
+                resolver: zspire_proxy::Resolver::system(),
                 on_demand: discovery.on_demand.clone().map(|demand| Arc::new(discovery::OnDemand(demand)) as _),
             }),
             pods: pods::Board::default(),
             checks: OnceLock::new(),
             source: control.source,
+            revocation: control.revocation,
             discovery: discovery.board.clone(),
         });
         // Set once, here.
         let _ = view.set(served.clone());
         let (serving, counts) = self.start_pods(&served, &mesh, &readiness, &tasks)?;
         self.serve_metrics(&served, counts, &discovery, &tasks)?;
+        tasks.spawn("series", metrics::prune(served.shared.clone(), self.config.series_grace, tasks.stop.clone()));
         starting.ready();
 
         let reason = tokio::select! {
@@ -343,6 +348,7 @@ impl Node {
         registry
             .register_collector(Box::new(Process { workers: self.workers.metrics(), logging: self.logging.clone() }));
         registry.register_collector(Box::new(metrics::Identities(source)));
+        registry.register_collector(Box::new(metrics::Revocations(served.revocation.clone())));
         registry
     }
 

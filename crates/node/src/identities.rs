@@ -13,9 +13,9 @@ use tokio_util::sync::CancellationToken;
 use zspire_identity::grpc::{self, Channel, Roots, TokenSource};
 use zspire_identity::join::{self, JoinToken, Node};
 use zspire_identity::tls::{KeyExchange, Policy};
-use zspire_identity::{SystemClock, istio_ca, local, per_identity};
+use zspire_identity::{Revocation, SystemClock, istio_ca, local, per_identity, revocation};
 
-use crate::config::{Compliance, Config, IdentitySource, RootCert, Server, Token};
+use crate::config::{Compliance, Config, IdentitySource, RootCert, Server, Token, UnknownStatus};
 use crate::readiness::Readiness;
 use crate::tasks::Tasks;
 
@@ -27,6 +27,8 @@ const JOIN_PAUSE_MAX: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub struct Control {
     pub source: Arc<dyn zspire_identity::Source>,
+    /// The lists of certificates that were revoked.
+    pub revocation: Revocation,
     /// To the discovery server, if there is one.
     pub xds: Option<Channel>,
 }
@@ -47,7 +49,9 @@ pub async fn start(config: &Config, readiness: &Readiness, tasks: &Tasks) -> any
         tasks.spawn("node certificate", node.run(tasks.stop.clone()));
     }
 
-    let schedule = per_identity::Config { policy: policy(config), ..per_identity::Config::default() };
+    let revocation = revocation(config, tasks);
+    let policy = policy(config).with_revocation(revocation.clone());
+    let schedule = per_identity::Config { policy, ..per_identity::Config::default() };
     let source: Arc<dyn zspire_identity::Source> = match (config.identity, ca) {
         (IdentitySource::Local, _) | (IdentitySource::IstioCa, None) => {
             let directory = local::directory(config.runtime_dir.as_deref(), &std::env::temp_dir())
@@ -71,7 +75,19 @@ pub async fn start(config: &Config, readiness: &Readiness, tasks: &Tasks) -> any
         }
     };
     let xds = xds.map(Channel::new).transpose().context("XDS_ADDRESS")?;
-    Ok(Control { source, xds })
+    Ok(Control { source, revocation, xds })
+}
+
+/// Follows the file of revocation lists, if there is one.
+fn revocation(config: &Config, tasks: &Tasks) -> Revocation {
+    let Some(path) = &config.crl_path else { return Revocation::default() };
+    let unknown = match config.crl_unknown {
+        UnknownStatus::Deny => revocation::Unknown::Deny,
+        UnknownStatus::Allow => revocation::Unknown::Allow,
+    };
+    let (revocation, follower) = revocation::follow(path, unknown, Arc::new(SystemClock));
+    tasks.spawn("revocation lists", follower.run(tasks.stop.clone()));
+    revocation
 }
 
 fn channel_config(config: &Config, server: &Server) -> anyhow::Result<grpc::Config> {

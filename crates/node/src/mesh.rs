@@ -107,18 +107,19 @@ impl Mesh {
             if let Some(old) = gone {
                 self.forget(&mut state, old);
             }
-            match (&change.old, &change.new) {
-                (_, Some(new)) => self.came(&mut state, new),
-                (Some(old), None) => self.went(&mut state, old),
-                (None, None) => {}
+            if let Some(old) = &change.old {
+                self.went(&mut state, old, change.new.as_deref());
+            }
+            if let Some(new) = &change.new {
+                self.came(&mut state, new);
             }
         }
         self.announce(&applied);
     }
 
     fn announce(&self, applied: &Applied) {
-        // Last, so that whoever is told sees everything.
-        if applied.affects_authorization() {
+        // Last, so that whoever is told sees everything. Which policies a pod names it learns with its workload.
+        if !applied.policies.is_empty() {
             self.0.authorization.send_modify(|version| *version = applied.version);
         }
     }
@@ -137,8 +138,10 @@ impl Mesh {
         }
     }
 
-    fn went(&self, state: &mut State, workload: &Workload) {
-        for pod in state.pods.iter().filter(|pod| self.is(&pod.name, workload)) {
+    /// A workload is gone, or is now something else: also another service account is no longer the pod that is followed.
+    fn went(&self, state: &mut State, old: &Workload, new: Option<&Workload>) {
+        let was = |pod: &&Pod| self.is(&pod.name, old) && !new.is_some_and(|new| self.is(&pod.name, new));
+        for pod in state.pods.iter().filter(was) {
             pod.local.send_replace(Known::Waiting);
         }
     }

@@ -3,9 +3,11 @@
 //! What the data plane counts is registered by `proxy`, what the sources of certificates and discovery count is read
 //! here when the page is asked for. Names of upstream's metrics are upstream's.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
@@ -18,6 +20,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tokio::runtime::RuntimeMetrics;
+use tokio_util::sync::CancellationToken;
 
 use crate::pods::Board;
 use crate::pods::launcher::Counts;
@@ -185,6 +188,30 @@ impl Collector for Pods {
     }
 }
 
+/// The state of the revocation lists; nothing without a file of them.
+#[derive(Debug)]
+pub struct Revocations(pub zspire_identity::Revocation);
+
+impl Collector for Revocations {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let Some(stats) = self.0.stats() else { return Ok(()) };
+        let mut counter = |name: &str, help: &str, value: u64| {
+            let metric = ConstCounter::new(value);
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        };
+        counter("zspire_crl_loads", "Files of revocation lists that were taken", stats.loads)?;
+        counter("zspire_crl_load_failures", "Files of revocation lists that could not be used", stats.failures)?;
+        let mut gauge = |name: &str, help: &str, value: i64| {
+            let metric = ConstGauge::new(value);
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        };
+        gauge("zspire_crl_rejected", "Whether the file as it is now is not in force", i64::from(stats.rejected))?;
+        gauge("zspire_crl_lists", "Revocation lists in force", stats.lists as i64)?;
+        gauge("zspire_crl_revoked_certificates", "Certificates that they revoke", stats.revoked as i64)?;
+        gauge("zspire_crl_expired_lists", "Those of the lists that have expired", stats.expired as i64)
+    }
+}
+
 /// What a client of a discovery server counts; registered with upstream's prefix, since the names are upstream's.
 #[derive(Debug)]
 pub struct Discovery(pub zspire_xds::client::Stats);
@@ -206,6 +233,26 @@ impl Collector for Discovery {
             |values: &std::collections::BTreeMap<&'static str, u64>| values.iter().map(|(url, n)| (*url, *n)).collect();
         counter("xds_message", "Total number of messages received", "url", of(&stats.messages))?;
         counter("xds_message_bytes", "Total number of bytes received", "url", of(&stats.message_bytes))
+    }
+}
+
+/// Drops the series of workloads that have been gone for a while, until stopped.
+pub async fn prune(shared: Arc<zspire_proxy::Shared>, grace: Duration, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(grace) => {}
+        }
+        let shared = shared.clone();
+        // Looks at every workload: not on the thread that does all control work.
+        let done = tokio::task::spawn_blocking(move || {
+            let snapshot = shared.mesh.load();
+            let known: HashSet<(&str, &str)> =
+                snapshot.workloads().map(|workload| (&*workload.namespace, &*workload.workload_name)).collect();
+            shared.metrics.prune(|namespace, workload| known.contains(&(namespace, workload)));
+        });
+        // What panicked has said so.
+        let _ = done.await;
     }
 }
 

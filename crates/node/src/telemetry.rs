@@ -3,13 +3,15 @@
 //! Lines go through a bounded queue to one writer thread; when standard output stalls, lines are dropped
 //! and counted, and no data-plane worker waits. It does not know who logs what.
 
+mod writer;
+
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
-use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt;
@@ -18,9 +20,8 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry, reload};
 
 use crate::config::LogFormat;
-
-/// Lines that may wait for the writer.
-const QUEUE: usize = 16_384;
+use writer::Queue;
+pub use writer::Rest;
 
 /// A log filter that cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +33,7 @@ pub struct BadLevel(String);
 pub struct Logging {
     filter: reload::Handle<EnvFilter, Registry>,
     initial: Arc<str>,
-    dropped: ErrorCounter,
+    queue: Queue,
 }
 
 impl std::fmt::Debug for Logging {
@@ -42,15 +43,13 @@ impl std::fmt::Debug for Logging {
 }
 
 /// Starts logging to standard output. Lines that still wait are written when the guard is dropped.
-pub fn start(filter: &str, format: LogFormat) -> Result<(Logging, WorkerGuard), BadLevel> {
-    let (writer, guard) =
-        NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE).finish(std::io::stdout());
-    let dropped = writer.error_counter();
+pub fn start(filter: &str, format: LogFormat) -> anyhow::Result<(Logging, Rest)> {
+    let (queue, rest) = writer::start(std::io::stdout()).context("cannot start the thread that writes the log")?;
     let (filter_layer, handle) = reload::Layer::new(parse(filter)?);
-    let lines = tracing_subscriber::fmt::layer().with_writer(writer).event_format(Lines { format });
+    let lines = tracing_subscriber::fmt::layer().with_writer(queue.clone()).event_format(Lines { format });
     // A second start in one process (embedding, tests) keeps the first one's subscriber.
     let _ = tracing_subscriber::registry().with(filter_layer).with(lines).try_init();
-    Ok((Logging { filter: handle, initial: filter.into(), dropped }, guard))
+    Ok((Logging { filter: handle, initial: filter.into(), queue }, rest))
 }
 
 fn parse(filter: &str) -> Result<EnvFilter, BadLevel> {
@@ -94,7 +93,7 @@ impl Logging {
 
     /// Lines lost because standard output was slower than the log.
     pub fn dropped_lines(&self) -> u64 {
-        self.dropped.dropped_lines() as u64
+        self.queue.dropped()
     }
 }
 

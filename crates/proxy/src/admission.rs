@@ -7,6 +7,7 @@
 //! authorized cannot be relayed.
 
 use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use tokio::io::AsyncWriteExt;
@@ -19,7 +20,7 @@ use zspire_model::{Service, Snapshot, SpiffeId, Workload};
 
 use crate::connect;
 use crate::flow::{Failure, Flow};
-use crate::live::{Place, Question};
+use crate::live::{Place, Proof, Question};
 use crate::metrics::Flag;
 use crate::outbound::outcome;
 use crate::pod::{Local, Pod};
@@ -30,6 +31,8 @@ pub(crate) struct Authorized {
     /// From now on a change of policy cuts it.
     place: Place,
     destination: SocketAddr,
+    /// The pod's own address, to which the connection came; it may ask for something behind the pod.
+    here: IpAddr,
     peer: Option<SpiffeId>,
     source: SocketAddr,
 }
@@ -40,14 +43,15 @@ pub(crate) struct Connected {
     socket: TcpStream,
 }
 
-/// Asks the policies of the newest snapshot.
+/// Asks the policies of the newest snapshot about a connection that came to the pod's address `here`.
 pub(crate) fn authorize(
     pod: &Pod,
     local: &Local,
     question: Question,
     source: SocketAddr,
+    here: IpAddr,
 ) -> Result<Authorized, Failure> {
-    let verdict = pod.mesh(|snapshot| question.ask(snapshot, &local.workload));
+    let (verdict, version) = pod.mesh(|snapshot| (question.ask(snapshot, &local.workload), snapshot.version()));
     let info = pod.shared().config.policy_info_logging;
     macro_rules! say {
         ($($what:tt)*) => {
@@ -64,10 +68,16 @@ pub(crate) fn authorize(
     }
     say!(verdict = %verdict.decision, source = %source, destination = %question.destination, peer, "policies were asked");
     match verdict.decision {
-        Decision::Allowed { .. } => {
+        Decision::Allowed { by } => {
             let (destination, peer) = (question.destination, question.peer.clone());
-            let in_tunnel = peer.is_some();
-            Ok(Authorized { place: pod.live().enter(Some(question), in_tunnel), destination, peer, source })
+            let own = peer.as_ref().and(local.workload.identity());
+            Ok(Authorized {
+                place: pod.live().enter_allowed(question, by, version, own),
+                destination,
+                here,
+                peer,
+                source,
+            })
         }
         Decision::Denied(denied) => {
             Err(Failure::new(Flag::Deny, format_args!("connection closed due to policy rejection: {denied}")))
@@ -76,11 +86,16 @@ pub(crate) fn authorize(
 }
 
 impl Authorized {
+    /// It came in this tunnel.
+    pub(crate) fn rests_on(&self, proof: &Rc<Proof>) {
+        self.place.rests_on(proof);
+    }
+
     /// Where the application is.
     pub(crate) fn application(&self, pod: &Pod, tunnel: Option<ApplicationTunnel>) -> SocketAddr {
         let Some(tunnel) = tunnel else { return self.destination };
         let port = tunnel.port.unwrap_or(self.destination.port());
-        let ip = match (pod.shared().config.localhost_app_tunnel, self.destination.ip()) {
+        let ip = match (pod.shared().config.localhost_app_tunnel, self.here.to_canonical()) {
             (true, IpAddr::V4(_)) => IpAddr::from(std::net::Ipv4Addr::LOCALHOST),
             (true, IpAddr::V6(_)) => IpAddr::from(std::net::Ipv6Addr::LOCALHOST),
             (false, ip) => ip,
@@ -91,20 +106,25 @@ impl Authorized {
     /// Connects to the application.
     pub(crate) async fn connect(self, pod: &Pod, tunnel: Option<ApplicationTunnel>) -> Result<Connected, Failure> {
         let to = self.application(pod, tunnel);
-        let mut socket = pod.sockets().connect(to, self.source.ip()).await?;
-        if tunnel.is_some_and(|tunnel| tunnel.protocol == ApplicationProtocol::Proxy) {
-            let header = preamble::proxy_v2(self.source, self.destination, self.peer.as_ref());
-            // A few hundred bytes into an empty socket buffer: it does not wait.
-            socket.write_all(&header).await.map_err(|cause| connect::Error::Failed { to, cause })?;
-        }
+        let connecting = async {
+            let mut socket = pod.sockets().connect(to, self.source.ip()).await?;
+            if tunnel.is_some_and(|tunnel| tunnel.protocol == ApplicationProtocol::Proxy) {
+                let header = preamble::proxy_v2(self.source, self.destination, self.peer.as_ref());
+                // A few hundred bytes into an empty socket buffer: it does not wait.
+                socket.write_all(&header).await.map_err(|cause| connect::Error::Failed { to, cause })?;
+            }
+            Ok(socket)
+        };
+        let socket = self.place.unless_cut(connecting).await?;
         Ok(Connected { place: self.place, socket })
     }
 }
 
 impl Connected {
     /// Carries a tunnel's stream to its end.
-    pub(crate) fn relay_stream(self, stream: Stream, flow: Flow) -> impl Future<Output = ()> + 'static {
+    pub(crate) fn relay_stream(self, stream: Stream, mut flow: Flow) -> impl Future<Output = ()> + 'static {
         let Self { place, socket } = self;
+        flow.opened();
         async move {
             let end = stream.relay(socket, &flow.live().bytes, place.cut()).await;
             flow.finish(true, outcome(end, &place));
@@ -112,8 +132,9 @@ impl Connected {
     }
 
     /// Carries a plain connection to its end.
-    pub(crate) fn relay_plain(self, client: TcpStream, flow: Flow) -> impl Future<Output = ()> + 'static {
+    pub(crate) fn relay_plain(self, client: TcpStream, mut flow: Flow) -> impl Future<Output = ()> + 'static {
         let Self { place, socket } = self;
+        flow.opened();
         async move {
             let end = copy(socket, client, &flow.live().bytes, place.cut()).await;
             flow.finish(true, outcome(end, &place));

@@ -1,4 +1,4 @@
-//! TCP connections that the proxy opens: marked, from the right address, in bounded time; and names that are resolved for them.
+//! TCP connections that the proxy opens: marked, from the right address, in bounded time.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -8,7 +8,7 @@ use std::time::Duration;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
-use zspire_model::{HBONE_PORT, Str};
+use zspire_model::HBONE_PORT;
 use zspire_sys::netns::Visit;
 use zspire_sys::socket;
 
@@ -114,23 +114,6 @@ fn within<T>(place: Option<&Visit>, f: impl FnOnce() -> T) -> io::Result<T> {
     }
 }
 
-/// Resolves a hostname to an address, of the family of `like` if there is one.
-pub(crate) async fn resolve(hostname: &Str, like: Option<IpAddr>, limit: Duration) -> Result<IpAddr, Error> {
-    let failed = |cause| Error::Unresolved { hostname: hostname.clone(), cause };
-    let lookup = tokio::net::lookup_host((&**hostname, 0));
-    let found = match timeout(limit, lookup).await {
-        Ok(found) => found.map_err(failed)?,
-        Err(_) => return Err(failed(io::ErrorKind::TimedOut.into())),
-    };
-    let all: Vec<IpAddr> = found.map(|address| address.ip()).collect();
-    let same = |ip: &&IpAddr| like.is_none_or(|like| like.to_canonical().is_ipv4() == ip.is_ipv4());
-    all.iter()
-        .find(same)
-        .or(all.first())
-        .copied()
-        .ok_or_else(|| failed(io::Error::new(io::ErrorKind::NotFound, "no address")))
-}
-
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -138,8 +121,6 @@ pub(crate) enum Error {
     Failed { to: SocketAddr, cause: io::Error },
     #[error("no answer from {to} in {after:?}{}", if to.port() == HBONE_PORT { HINT } else { "" })]
     TimedOut { to: SocketAddr, after: Duration },
-    #[error("cannot resolve {hostname}: {cause}")]
-    Unresolved { hostname: Str, cause: io::Error },
 }
 
 const HINT: &str = "; maybe a network policy blocks port 15008, which mesh traffic needs";
@@ -150,7 +131,6 @@ impl Error {
         match self {
             Self::Failed { cause, .. } => cause.kind(),
             Self::TimedOut { .. } => io::ErrorKind::TimedOut,
-            Self::Unresolved { .. } => io::ErrorKind::NotFound,
         }
     }
 }
@@ -161,7 +141,7 @@ impl From<Error> for Failure {
             Error::TimedOut { to, .. } if to.port() == HBONE_PORT => Flag::NetworkPolicy,
             _ => Flag::Connect,
         };
-        Self { kind: error.kind(), ..Self::new(flag, error) }
+        Self { kind: error.kind(), ..Self::new(flag, error) }.on_this_way()
     }
 }
 

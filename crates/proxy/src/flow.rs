@@ -1,7 +1,8 @@
 //! One connection, as it is told of: in the connection table while it lives, in metrics and access log when it ends.
 //!
 //! ```text
-//!  Flow::open ──▶ table, opened_total ──▶ finish(outcome) ──▶ closed/failed_total, bytes, one line in the access log
+//!  Flow::open ──▶ table ──▶ opened() ──▶ opened_total ──▶ finish(outcome) ──▶ closed/failed_total, bytes, one line in the log
+//!     └─ by_another_way ─┘
 //! ```
 //! A flow that is dropped without [`Flow::finish`] (its task was cancelled) ends as cut off by the proxy: nothing is lost.
 
@@ -96,13 +97,20 @@ pub struct Failure {
     pub why: String,
     /// The nearest word that sockets have for it.
     pub kind: io::ErrorKind,
+    /// Whether it is of the way that was tried, so that another endpoint may be reached where this one was not.
+    pub(crate) another_way: bool,
 }
 
 impl Failure {
     /// A failure with its flag.
     pub fn new(flag: Flag, why: impl fmt::Display) -> Self {
         let kind = if flag == Flag::Deny { io::ErrorKind::PermissionDenied } else { io::ErrorKind::Other };
-        Self { flag, why: why.to_string(), kind }
+        Self { flag, why: why.to_string(), kind, another_way: false }
+    }
+
+    /// The same, of the way that was tried.
+    pub(crate) fn on_this_way(self) -> Self {
+        Self { another_way: true, ..self }
     }
 }
 
@@ -160,6 +168,8 @@ pub struct Flow {
     slot: (usize, usize),
     series: Arc<crate::metrics::Series>,
     started: Instant,
+    counted: bool,
+    retries: u32,
     finished: bool,
     _socket: OpenSocket,
 }
@@ -169,7 +179,6 @@ impl Flow {
     pub fn open(pod: Str, about: About, metrics: &Metrics, table: &Table) -> Self {
         let socket = metrics.socket(about.direction.reporter());
         let series = metrics.series(&about.ends(), Flag::None);
-        series.opened();
         let live = Arc::new(Live { pod, about, bytes: Counters::default(), since: SystemTime::now() });
         let slot = table.insert(&live);
         Self {
@@ -179,8 +188,28 @@ impl Flow {
             slot,
             series,
             started: Instant::now(),
+            counted: false,
+            retries: 0,
             finished: false,
             _socket: socket,
+        }
+    }
+
+    /// The same connection by another way: it was not counted for the first one yet.
+    pub(crate) fn by_another_way(mut self, about: About) -> Self {
+        self.table.remove(self.slot);
+        self.series = self.metrics.series(&about.ends(), Flag::None);
+        let (pod, since) = (self.live.pod.clone(), self.live.since);
+        self.live = Arc::new(Live { pod, about, bytes: Counters::default(), since });
+        self.slot = self.table.insert(&self.live);
+        self.retries += 1;
+        self
+    }
+
+    /// It is decided which way the connection goes.
+    pub(crate) fn opened(&mut self) {
+        if !std::mem::replace(&mut self.counted, true) {
+            self.series.opened();
         }
     }
 
@@ -196,6 +225,7 @@ impl Flow {
 
     fn end(&mut self, established: bool, failure: Option<&Failure>) {
         self.finished = true;
+        self.opened();
         self.table.remove(self.slot);
         let (sent, received) = self.live.bytes.load();
         self.series.bytes(sent, received);
@@ -208,7 +238,7 @@ impl Flow {
         if !established {
             series.failed();
         }
-        log(&self.live.about, sent, received, self.started, failure);
+        log(&self.live.about, sent, received, self.started, self.retries, failure);
     }
 }
 
@@ -255,7 +285,7 @@ fn text(text: Option<&Str>) -> Option<&str> {
     text.map(|t| &**t).filter(|t| !t.is_empty())
 }
 
-fn log(about: &About, sent: u64, received: u64, started: Instant, failure: Option<&Failure>) {
+fn log(about: &About, sent: u64, received: u64, started: Instant, retries: u32, failure: Option<&Failure>) {
     let (src, dst) = (about.source.as_deref(), about.destination.as_deref());
     let duration = format!("{}ms", started.elapsed().as_millis());
     macro_rules! line {
@@ -279,6 +309,7 @@ fn log(about: &About, sent: u64, received: u64, started: Instant, failure: Optio
                 bytes_sent = sent,
                 bytes_recv = received,
                 duration = &*duration,
+                retries = (retries > 0).then_some(retries),
                 error = $error,
                 "connection complete"
             )

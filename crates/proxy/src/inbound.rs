@@ -10,19 +10,19 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
 use zspire_hbone::{Ended, Handler, Incoming, Malformed, ResponseHead, StatusCode, Stream, Target};
-use zspire_identity::Peer;
 use zspire_identity::tls;
+use zspire_model::SpiffeId;
 use zspire_model::inbound::{self, Inbound, InboundRequest};
 use zspire_model::route::Authority;
 
 use crate::accept::Accepted;
 use crate::admission::{self, Connected, likely_service, source_workload};
 use crate::flow::{self, About, Direction, Failure, Flow, Transport};
-use crate::live::Question;
+use crate::live::{Proof, Proved, Question};
 use crate::metrics::{Flag, Reporter};
 use crate::outbound::baggage;
 use crate::pod::{Known, Local, Pod};
-use crate::tunnels::{Chain, instant};
+use crate::tunnels::{Chain, REVOKED, instant};
 
 /// Serves one connection to the HBONE port.
 pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
@@ -51,17 +51,17 @@ pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
 struct Authenticated {
     stream: tls::ServerTls<TcpStream>,
     tunnel: Tunnel,
+    proved: Proved,
     /// When one of the two certificates expires.
     until: Instant,
 }
 
 /// What the streams of a tunnel have in common.
-#[derive(Debug)]
 struct Tunnel {
-    local: Arc<Local>,
     local_address: SocketAddr,
     source: SocketAddr,
-    peer: Peer,
+    peer: SpiffeId,
+    proof: Rc<Proof>,
 }
 
 /// Why a peer is not served.
@@ -90,6 +90,9 @@ impl Authenticated {
             Ok(Ok(accepted)) => accepted,
             Ok(Err(error)) => {
                 metrics.handshake_failed(Reporter::Destination, error.label());
+                if error.label() == REVOKED {
+                    metrics.revoked(Reporter::Destination);
+                }
                 let silent = matches!(&error, tls::Error::Io(io) if io.kind() == std::io::ErrorKind::UnexpectedEof);
                 let why = format!("TLS handshake: {}", Chain(&error));
                 return Err(Unauthenticated { reason: error.label(), why, silent });
@@ -102,19 +105,24 @@ impl Authenticated {
         };
         metrics.handshake(Reporter::Destination, started.elapsed().as_secs_f64());
         let until = instant(credentials.not_after().min(peer.not_after));
-        let tunnel = Tunnel { local, local_address: accepted.local, source: accepted.source, peer };
-        Ok(Self { stream, tunnel, until })
+        let (local_address, source, id) = (accepted.local, accepted.source, peer.id.clone());
+        pod.newest().put(Reporter::Destination, source.ip(), &peer);
+        let proved = pod.live().prove(Reporter::Destination, credentials.id().clone(), peer, source.ip());
+        let tunnel = Tunnel { local_address, source, peer: id, proof: proved.proof().clone() };
+        Ok(Self { stream, tunnel, proved, until })
     }
 
-    /// Serves the tunnel to its end; it takes no more streams when the pod drains or a certificate has expired.
+    /// Serves the tunnel to its end; it takes no more streams when the pod drains, a certificate has expired or the peer is no
+    /// longer trusted.
     async fn serve(self, pod: &Pod) {
-        let Self { stream, tunnel, until } = self;
-        let (source, peer) = (tunnel.source, tunnel.peer.id.clone());
+        let Self { stream, tunnel, proved, until } = self;
+        let (source, peer) = (tunnel.source, tunnel.peer.clone());
         let handler = Streams { pod: pod.clone(), tunnel: Rc::new(tunnel) };
         let drain = async {
             tokio::select! {
                 () = pod.drain().cancelled() => {}
                 () = sleep_until(until) => {}
+                () = proved.proof().is_withdrawn() => {}
             }
         };
         match zspire_hbone::serve(stream, &pod.shared().config.tunnel, &handler, drain).await {
@@ -153,21 +161,13 @@ impl Handler for Streams {
 impl Tunnel {
     /// Answers one stream; what is returned is to be relayed. A refusal has been logged and counted.
     async fn answer(&self, pod: &Pod, mut incoming: Incoming) -> Option<(Connected, Stream, Flow)> {
-        // What discovery says of the pod may have changed since the tunnel was opened.
-        let local = match pod.known() {
-            Known::Here(local) => local,
-            Known::Waiting => self.local.clone(),
-            Known::Refused(why) => {
-                let asked = incoming.head.address();
-                flow::deny_early(
-                    &pod.shared().metrics,
-                    Direction::Inbound,
-                    self.source,
-                    asked,
-                    "unknown_workload",
-                    &why,
-                );
-                incoming.reject(StatusCode::SERVICE_UNAVAILABLE);
+        // What discovery says of the pod may have changed since the tunnel was opened, and what was proved then.
+        let local = match self.still_served(pod) {
+            Ok(local) => local,
+            Err((reason, why)) => {
+                let (metrics, asked) = (&pod.shared().metrics, incoming.head.address());
+                flow::deny_early(metrics, Direction::Inbound, self.source, asked, reason, &why);
+                incoming.reject(StatusCode::UNAUTHORIZED);
                 return None;
             }
         };
@@ -184,11 +184,11 @@ impl Tunnel {
         };
         let question = Question {
             destination: resolved.destination,
-            peer: Some(self.peer.id.clone()),
+            peer: Some(self.peer.clone()),
             peer_address: self.source.ip(),
         };
         let mut about = self.about(pod, &local, &target, &resolved);
-        let authorized = match admission::authorize(pod, &local, question, self.source) {
+        let authorized = match admission::authorize(pod, &local, question, self.source, self.local_address.ip()) {
             Ok(authorized) => authorized,
             Err(failure) => {
                 pod.open(about).finish(false, Err(failure));
@@ -196,6 +196,7 @@ impl Tunnel {
                 return None;
             }
         };
+        authorized.rests_on(&self.proof);
         about.next_hop = authorized.application(pod, resolved.tunnel);
         let flow = pod.open(about);
         let connected = tokio::select! {
@@ -220,6 +221,25 @@ impl Tunnel {
         }
     }
 
+    /// The pod as it is now, if it is still who the peer has verified, and the peer still trusted.
+    fn still_served(&self, pod: &Pod) -> Result<Arc<Local>, (&'static str, String)> {
+        let local = match pod.known() {
+            Known::Here(local) => local,
+            Known::Waiting => return Err(("unknown_workload", "discovery no longer knows the workload".into())),
+            Known::Refused(why) => return Err(("wrong_namespace", why.to_string())),
+        };
+        if local.workload.identity().as_ref() != Some(&self.proof.own) {
+            return Err((
+                "identity",
+                format!("the tunnel was opened to {}, whom the workload is no longer", self.proof.own),
+            ));
+        }
+        match self.proof.withdrawn() {
+            None => Ok(local),
+            Some(verdict) => Err((verdict.reason.as_str(), verdict.failure.why)),
+        }
+    }
+
     fn resolve(&self, pod: &Pod, local: &Local, target: &Target) -> Result<Inbound, inbound::Reject> {
         let authority = match target {
             Target::Address(address) => Authority::Address(*address),
@@ -237,7 +257,7 @@ impl Tunnel {
     fn about(&self, pod: &Pod, local: &Local, target: &Target, resolved: &Inbound) -> About {
         let workload = &local.workload;
         let (source, service) = pod.mesh(|snapshot| {
-            let source = source_workload(snapshot, workload, self.source.ip(), Some(&self.peer.id));
+            let source = source_workload(snapshot, workload, self.source.ip(), Some(&self.peer));
             let port = resolved.destination.port();
             (source, resolved.service.clone().or_else(|| likely_service(snapshot, workload, port)))
         });
@@ -246,7 +266,7 @@ impl Tunnel {
             transport: Transport::Hbone,
             source_address: self.source,
             source,
-            source_identity: Some(self.peer.id.clone()),
+            source_identity: Some(self.peer.clone()),
             destination_address: self.local_address,
             next_hop: resolved.destination,
             hbone_address: Some(target.to_string().into()),

@@ -27,21 +27,33 @@ mod plaintext;
 mod pod;
 mod preamble;
 mod proxy;
+pub mod resolve;
 mod socks5;
 mod tasks;
 mod tunnels;
+mod watch;
 pub mod workers;
 
 pub use config::{Config, Keepalive, Listeners, OriginalSource};
 pub use pod::{Known, Local, PodSpec};
 pub use proxy::{OnDemand, Proxy, Shared, StartError};
+pub use resolve::Resolver;
+
+/// What applications send and are sent before their own bytes, apart from connections: for tests with arbitrary input.
+pub mod preambles {
+    pub use crate::outbound::Asked;
+    pub use crate::preamble::proxy_v2;
+    pub use crate::socks5::negotiate as socks5;
+}
 
 /// Ports of the proxy itself, which nobody may be connected to through it.
-pub const ILLEGAL_PORTS: [u16; 4] = [OUTBOUND_PORT, PLAINTEXT_PORT, zspire_model::HBONE_PORT, SOCKS5_PORT];
+pub const ILLEGAL_PORTS: [u16; 5] = [OUTBOUND_PORT, PLAINTEXT_PORT, zspire_model::HBONE_PORT, DNS_PORT, SOCKS5_PORT];
 
 /// Where outgoing connections of the pod are redirected to.
 pub const OUTBOUND_PORT: u16 = 15001;
 /// Where incoming connections that are not HBONE are redirected to.
 pub const PLAINTEXT_PORT: u16 = 15006;
+/// Where name lookups of the pod are redirected to.
+pub const DNS_PORT: u16 = 15053;
 /// Where applications may ask for connections themselves, on loopback.
 pub const SOCKS5_PORT: u16 = 15080;

@@ -1,23 +1,27 @@
-//! The connections of a pod on one worker that somebody may want to cut: denied by a policy that is new, because the
-//! credentials under them were taken away, or because the proxy stops.
+//! The connections of a pod on one worker that may have to be cut, what each rests on, and what was proved for the tunnels
+//! under them. [`crate::watch`] says when something of that is no longer so.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::task::{Poll, Waker};
+use std::time::SystemTime;
 
 use slab::Slab;
-use zspire_model::SpiffeId;
-use zspire_model::authorize::{self, Connection, Decision};
-use zspire_model::{Snapshot, Workload};
+use smallvec::SmallVec;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use zspire_identity::Peer;
+use zspire_model::authorize::{self, Connection, Decision, Difference, PolicySet, Recheck};
+use zspire_model::{NamespacedName, Snapshot, SpiffeId, Workload};
 
 use crate::flow::Failure;
-use crate::metrics::Flag;
+use crate::metrics::{Flag, Metrics, Reporter};
 
 /// What a policy was asked about a connection, to ask again.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Question {
     pub(crate) destination: SocketAddr,
     pub(crate) peer: Option<SpiffeId>,
@@ -27,26 +31,105 @@ pub(crate) struct Question {
 impl Question {
     /// Asks the policies of a snapshot.
     pub(crate) fn ask(&self, snapshot: &Snapshot, workload: &Workload) -> authorize::Verdict {
-        let connection = Connection {
+        authorize::authorize(snapshot, &self.about(workload))
+    }
+
+    pub(crate) fn about<'a>(&'a self, workload: &'a Workload) -> Connection<'a> {
+        Connection {
             destination: workload,
             destination_address: self.destination,
             peer: self.peer.as_ref(),
             peer_address: self.peer_address,
-        };
-        authorize::authorize(snapshot, &connection)
+        }
     }
 }
 
-/// Live connections.
-#[derive(Default)]
-pub(crate) struct Registry(RefCell<Slab<Rc<Entry>>>);
+/// Why connections are cut, as metrics name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// A policy denies it now.
+    Policy,
+    /// The pod has another identity now.
+    Identity,
+    /// Discovery does not know the pod any more.
+    WorkloadGone,
+    /// The pod must not be served as that workload any more.
+    Refused,
+    /// The source of identities took the pod's credentials away.
+    CredentialsRevoked,
+    /// The peer's certificate is revoked.
+    PeerRevoked,
+    /// The peer's certificate has expired, and it has shown no newer one.
+    PeerExpired,
+    /// The peer's certificate is no longer trusted for another reason.
+    PeerUntrusted,
+    /// The proxy stops.
+    Shutdown,
+}
+
+impl Reason {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Policy => "policy",
+            Self::Identity => "identity_changed",
+            Self::WorkloadGone => "workload_gone",
+            Self::Refused => "wrong_namespace",
+            Self::CredentialsRevoked => "credentials_revoked",
+            Self::PeerRevoked => "peer_revoked",
+            Self::PeerExpired => "peer_expired",
+            Self::PeerUntrusted => "peer_untrusted",
+            Self::Shutdown => "shutdown",
+        }
+    }
+
+    fn flag(self) -> Flag {
+        match self {
+            Self::Policy => Flag::Deny,
+            Self::Identity | Self::WorkloadGone | Self::Refused | Self::CredentialsRevoked => Flag::IdentityError,
+            Self::PeerExpired | Self::PeerUntrusted => Flag::TlsFailure,
+            Self::PeerRevoked => Flag::CertRevoked,
+            Self::Shutdown => Flag::None,
+        }
+    }
+}
+
+/// An end that is imposed on a connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Verdict {
+    pub(crate) reason: Reason,
+    pub(crate) failure: Failure,
+}
+
+impl Verdict {
+    pub(crate) fn new(reason: Reason, why: impl fmt::Display) -> Self {
+        Self { reason, failure: Failure::new(reason.flag(), format_args!("connection closed: {why}")) }
+    }
+}
+
+/// Live connections and tunnels.
+pub(crate) struct Registry {
+    entries: RefCell<Slab<Rc<Entry>>>,
+    proofs: RefCell<Slab<Rc<Proof>>>,
+    /// There is a proof that ends sooner than all before.
+    sooner: Notify,
+    metrics: Metrics,
+}
 
 struct Entry {
+    reporter: Reporter,
     /// None for a connection that this end has opened: its policies are the other end's.
-    question: Option<Question>,
-    /// Whether it depends on the pod's credentials.
-    in_tunnel: bool,
+    asked: Option<Asked>,
+    /// The identity under which it is carried; none if it is not in a tunnel.
+    own: Option<SpiffeId>,
+    proofs: RefCell<SmallVec<[Rc<Proof>; 1]>>,
     cut: RefCell<Cut>,
+}
+
+/// What policies said, and when.
+struct Asked {
+    question: Question,
+    by: RefCell<Option<NamespacedName>>,
+    version: Cell<u64>,
 }
 
 #[derive(Default)]
@@ -63,56 +146,242 @@ pub(crate) struct Place {
 }
 
 impl Registry {
-    /// Enters a connection.
-    pub(crate) fn enter(self: &Rc<Self>, question: Option<Question>, in_tunnel: bool) -> Place {
-        let entry = Rc::new(Entry { question, in_tunnel, cut: RefCell::default() });
-        let key = self.0.borrow_mut().insert(entry.clone());
+    pub(crate) fn new(metrics: Metrics) -> Rc<Self> {
+        Rc::new(Self { entries: RefCell::default(), proofs: RefCell::default(), sooner: Notify::new(), metrics })
+    }
+
+    /// Enters a connection that policies allow: `by` one of them, in the snapshot of this version.
+    pub(crate) fn enter_allowed(
+        self: &Rc<Self>,
+        question: Question,
+        by: Option<NamespacedName>,
+        version: u64,
+        own: Option<SpiffeId>,
+    ) -> Place {
+        let asked = Asked { question, by: RefCell::new(by), version: Cell::new(version) };
+        self.enter(Reporter::Destination, Some(asked), own)
+    }
+
+    /// Enters a connection that the pod opens; `own` is the identity that is shown for it.
+    pub(crate) fn enter_opened(self: &Rc<Self>, own: Option<SpiffeId>) -> Place {
+        self.enter(Reporter::Source, None, own)
+    }
+
+    fn enter(self: &Rc<Self>, reporter: Reporter, asked: Option<Asked>, own: Option<SpiffeId>) -> Place {
+        let (proofs, cut) = (RefCell::default(), RefCell::default());
+        let entry = Rc::new(Entry { reporter, asked, own, proofs, cut });
+        let key = self.entries.borrow_mut().insert(entry.clone());
         Place { registry: self.clone(), entry, key }
     }
 
-    /// Cuts what policies now deny.
-    pub(crate) fn ask_again(&self, snapshot: &Snapshot, workload: &Workload) {
-        for (_, entry) in self.0.borrow().iter() {
-            let Some(question) = &entry.question else { continue };
-            if let Decision::Denied(denied) = question.ask(snapshot, workload).decision {
-                entry.cut(Failure::new(Flag::Deny, format_args!("connection closed due to policy change: {denied}")));
+    /// How many places there may be: every one in use is below.
+    pub(crate) fn end(&self) -> usize {
+        self.entries.borrow().capacity()
+    }
+
+    /// Cuts what policies now deny, among the places in `range`. What was asked after the older set was taken is asked anew.
+    pub(crate) fn ask_again(
+        &self,
+        range: std::ops::Range<usize>,
+        older: u64,
+        newer: &PolicySet,
+        difference: &Difference,
+        workload: &Workload,
+    ) {
+        for key in range {
+            let Some(entry) = self.entries.borrow().get(key).cloned() else { continue };
+            let Some(asked) = &entry.asked else { continue };
+            if asked.version.get() >= newer.version() {
+                continue;
+            }
+            let connection = asked.question.about(workload);
+            let recheck = match asked.version.get() > older {
+                true => Recheck::AskAll,
+                false => difference.recheck(&connection, asked.by.borrow().as_ref()),
+            };
+            let decision = match recheck {
+                Recheck::Same => None,
+                Recheck::Decided(decision) => Some(decision),
+                Recheck::AskAll => Some(newer.authorize(&connection).decision),
+            };
+            asked.version.set(newer.version());
+            match decision {
+                None => {}
+                Some(Decision::Allowed { by }) => *asked.by.borrow_mut() = by,
+                Some(Decision::Denied(denied)) => {
+                    let why =
+                        Failure::new(Flag::Deny, format_args!("connection closed due to policy change: {denied}"));
+                    self.cut(&entry, &Verdict { reason: Reason::Policy, failure: why });
+                }
             }
         }
     }
 
-    /// Cuts all of them: the proxy stops.
-    pub(crate) fn cut_all(&self) {
-        for (_, entry) in self.0.borrow().iter() {
-            entry.cut(Failure::new(Flag::None, "connection closed: the proxy is shutting down"));
+    /// Cuts all of them.
+    pub(crate) fn cut_all(&self, verdict: &Verdict) {
+        self.cut_those(verdict, |_| true);
+    }
+
+    /// Cuts what is in tunnels.
+    pub(crate) fn cut_tunnelled(&self, verdict: &Verdict) {
+        self.cut_those(verdict, |entry| entry.own.is_some());
+    }
+
+    /// Cuts what is carried under another identity than this, and withdraws what was proved with it.
+    pub(crate) fn cut_other_identities(&self, own: Option<&SpiffeId>, verdict: &Verdict) {
+        self.cut_those(verdict, |entry| entry.own.is_some() && entry.own.as_ref() != own);
+        for proof in self.proofs().iter().filter(|proof| Some(&proof.own) != own) {
+            proof.withdraw(verdict.clone());
         }
     }
 
-    /// Cuts all of them: the pod is not what it was taken for.
-    pub(crate) fn refuse(&self, why: &str) {
-        for (_, entry) in self.0.borrow().iter() {
-            entry.cut(Failure::new(Flag::IdentityError, format_args!("the pod is no longer served: {why}")));
+    /// Withdraws proofs, with the connections that rest on them.
+    pub(crate) fn withdraw(&self, proofs: &[(Rc<Proof>, Verdict)]) {
+        for (proof, verdict) in proofs {
+            proof.withdraw(verdict.clone());
+        }
+        let entries: Vec<_> = self.entries.borrow().iter().map(|(_, entry)| entry.clone()).collect();
+        for entry in entries {
+            let verdict = entry.proofs.borrow().iter().find_map(|proof| proof.withdrawn());
+            if let Some(verdict) = verdict {
+                self.cut(&entry, &verdict);
+            }
         }
     }
 
-    /// Cuts what runs in tunnels that are no longer authenticated.
-    pub(crate) fn revoke(&self, why: &str) {
-        for (_, entry) in self.0.borrow().iter().filter(|(_, entry)| entry.in_tunnel) {
-            entry.cut(Failure::new(Flag::IdentityError, format_args!("credentials revoked: {why}")));
+    fn cut_those(&self, verdict: &Verdict, which: impl Fn(&Entry) -> bool) {
+        let entries: Vec<_> = self.entries.borrow().iter().map(|(_, entry)| entry.clone()).collect();
+        for entry in entries.iter().filter(|entry| which(entry)) {
+            self.cut(entry, verdict);
         }
+    }
+
+    fn cut(&self, entry: &Entry, verdict: &Verdict) {
+        let mut cut = entry.cut.borrow_mut();
+        if cut.why.is_some() {
+            return;
+        }
+        cut.why = Some(verdict.failure.clone());
+        self.metrics.cut(entry.reporter, verdict.reason.as_str());
+        if verdict.reason == Reason::PeerRevoked {
+            self.metrics.revoked(entry.reporter);
+        }
+        if let Some(waker) = cut.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Enters a tunnel whose ends have proved who they are.
+    pub(crate) fn prove(self: &Rc<Self>, reporter: Reporter, own: SpiffeId, peer: Peer, address: IpAddr) -> Proved {
+        let first = self.proofs.borrow().iter().all(|(_, proof)| proof.peer.borrow().not_after > peer.not_after);
+        let proof = Rc::new(Proof {
+            reporter,
+            own,
+            address,
+            peer: RefCell::new(peer),
+            users: Cell::new(0),
+            withdrawn: RefCell::default(),
+            told: CancellationToken::new(),
+        });
+        let key = self.proofs.borrow_mut().insert(proof.clone());
+        if first {
+            self.sooner.notify_one();
+        }
+        Proved { registry: self.clone(), proof, key }
+    }
+
+    /// The tunnels that there are.
+    pub(crate) fn proofs(&self) -> Vec<Rc<Proof>> {
+        let proofs = self.proofs.borrow();
+        proofs.iter().filter(|(_, proof)| proof.withdrawn.borrow().is_none()).map(|(_, proof)| proof.clone()).collect()
+    }
+
+    /// Something has to be done sooner than was thought.
+    pub(crate) fn look_again(&self) {
+        self.sooner.notify_one();
+    }
+
+    /// Completes when a tunnel's certificate ends sooner than all before. Safe to cancel.
+    pub(crate) async fn sooner(&self) {
+        self.sooner.notified().await;
     }
 }
 
-impl Entry {
-    fn cut(&self, why: Failure) {
-        let mut cut = self.cut.borrow_mut();
-        cut.why.get_or_insert(why);
-        if let Some(waker) = cut.waker.take() {
-            waker.wake();
+/// What the ends of a tunnel have proved to each other.
+#[derive(Debug)]
+pub(crate) struct Proof {
+    pub(crate) reporter: Reporter,
+    /// The pod's identity then.
+    pub(crate) own: SpiffeId,
+    /// Where the peer is.
+    pub(crate) address: IpAddr,
+    /// The peer; a newer certificate of it takes the place of one that expires.
+    pub(crate) peer: RefCell<Peer>,
+    users: Cell<usize>,
+    withdrawn: RefCell<Option<Verdict>>,
+    told: CancellationToken,
+}
+
+impl Proof {
+    /// Whether connections rest on it.
+    pub(crate) fn is_used(&self) -> bool {
+        self.users.get() > 0
+    }
+
+    /// Until when the peer's certificate is valid.
+    pub(crate) fn not_after(&self) -> SystemTime {
+        self.peer.borrow().not_after
+    }
+
+    /// Why it is not valid any more, if so.
+    pub(crate) fn withdrawn(&self) -> Option<Verdict> {
+        self.withdrawn.borrow().clone()
+    }
+
+    /// Completes when it is not valid any more. Safe to cancel.
+    pub(crate) async fn is_withdrawn(&self) {
+        self.told.cancelled().await;
+    }
+
+    fn withdraw(&self, verdict: Verdict) {
+        self.withdrawn.borrow_mut().get_or_insert(verdict);
+        self.told.cancel();
+    }
+}
+
+/// A tunnel in the registry; it leaves when this is dropped.
+pub(crate) struct Proved {
+    registry: Rc<Registry>,
+    proof: Rc<Proof>,
+    key: usize,
+}
+
+impl Proved {
+    pub(crate) fn proof(&self) -> &Rc<Proof> {
+        &self.proof
+    }
+}
+
+impl Drop for Proved {
+    fn drop(&mut self) {
+        let mut proofs = self.registry.proofs.borrow_mut();
+        proofs.try_remove(self.key);
+        if proofs.is_empty() {
+            proofs.shrink_to_fit();
         }
     }
 }
 
 impl Place {
+    /// The connection is in this tunnel.
+    pub(crate) fn rests_on(&self, proof: &Rc<Proof>) {
+        proof.users.set(proof.users.get() + 1);
+        self.entry.proofs.borrow_mut().push(proof.clone());
+        if let Some(verdict) = proof.withdrawn() {
+            self.registry.cut(&self.entry, &verdict);
+        }
+    }
+
     /// Completes when the connection is to be cut. Safe to cancel.
     pub(crate) async fn cut(&self) {
         poll_fn(|cx| {
@@ -133,11 +402,23 @@ impl Place {
     pub(crate) fn why(&self) -> Option<Failure> {
         self.entry.cut.borrow().why.clone()
     }
+
+    /// Does `work`, unless the connection is cut first.
+    pub(crate) async fn unless_cut<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        tokio::select! {
+            biased;
+            () = self.cut() => Err(self.why().unwrap_or_else(|| Failure::new(Flag::None, "connection closed"))),
+            done = work => done,
+        }
+    }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut entries = self.registry.0.borrow_mut();
+        for proof in self.entry.proofs.take() {
+            proof.users.set(proof.users.get() - 1);
+        }
+        let mut entries = self.registry.entries.borrow_mut();
         entries.try_remove(self.key);
         if entries.is_empty() {
             entries.shrink_to_fit();
@@ -147,6 +428,6 @@ impl Drop for Place {
 
 impl fmt::Debug for Registry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Registry").field("live", &self.0.borrow().len()).finish()
+        f.debug_struct("Registry").field("live", &self.entries.borrow().len()).finish_non_exhaustive()
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use prometheus_client::collector::Collector;
@@ -178,15 +178,7 @@ impl EncodeLabelSet for Labels {
             ("destination_region", &d.region),
             ("destination_zone", &d.zone),
         ];
-        for (name, value) in all {
-            let mut label = encoder.encode_label();
-            let mut key = label.encode_label_key()?;
-            key.write_str(name)?;
-            let mut text = key.encode_label_value()?;
-            text.write_str(if value.is_empty() { "unknown" } else { value })?;
-            text.finish()?;
-        }
-        Ok(())
+        encode_labels(encoder, &all)
     }
 }
 
@@ -198,8 +190,10 @@ pub struct Series {
     failed: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
-    /// Connections that hold on to this series.
+    /// Connections whose bytes are in the counters.
     bytes_reported: AtomicU64,
+    /// Its workloads were gone when it was looked at last.
+    doomed: AtomicBool,
 }
 
 impl Series {
@@ -236,12 +230,19 @@ pub struct Metrics(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     series: Mutex<HashMap<Labels, Arc<Series>>>,
+    /// Hostnames of workloads that were looked up, by who asked: how often, and whether the asking workload was gone.
+    lookups: Mutex<HashMap<(Side, Str), (u64, bool)>>,
     sockets: [AtomicI64; 2],
     handshakes: Family<Static, Histogram, fn() -> Histogram>,
     handshake_failures: Family<Static, Counter>,
     early_denials: Family<Static, Counter>,
+    cuts: Family<Static, Counter>,
+    retries: Family<Static, Counter>,
+    /// By reporter.
+    revoked: [AtomicU64; 2],
     tunnels: AtomicI64,
     tunnel_waits: Counter,
+    tunnels_awaited: AtomicI64,
 }
 
 impl Default for Metrics {
@@ -250,12 +251,17 @@ impl Default for Metrics {
             || Histogram::new([0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0]);
         Self(Arc::new(Inner {
             series: Mutex::default(),
+            lookups: Mutex::default(),
             sockets: [AtomicI64::new(0), AtomicI64::new(0)],
             handshakes: Family::new_with_constructor(histogram),
             handshake_failures: Family::default(),
             early_denials: Family::default(),
+            cuts: Family::default(),
+            retries: Family::default(),
+            revoked: Default::default(),
             tunnels: AtomicI64::new(0),
             tunnel_waits: Counter::default(),
+            tunnels_awaited: AtomicI64::new(0),
         }))
     }
 }
@@ -279,6 +285,16 @@ impl Metrics {
             "Connections refused before anything was known of their destination",
             self.0.early_denials.clone(),
         );
+        zspire.register(
+            "connections_cut",
+            "Live connections that the proxy ended because something they rested on was no longer so",
+            self.0.cuts.clone(),
+        );
+        zspire.register(
+            "upstream_retries",
+            "Connections that were tried on another endpoint, by the response flag of the one that failed",
+            self.0.retries.clone(),
+        );
         zspire.register("tunnel_waits", "Connections that waited for a tunnel to be made", self.0.tunnel_waits.clone());
         zspire.register_collector(Box::new(Tunnels(self.clone())));
     }
@@ -288,11 +304,22 @@ impl Metrics {
         Arc::clone(self.lock().entry(Labels::new(ends, flag)).or_default())
     }
 
-    /// Drops series that no connection holds and whose workloads `is_known` no longer knows by namespace and workload name.
+    /// Drops series that no connection holds and whose workloads `is_known` does not know by namespace and workload name, nor did
+    /// when this was called before: what is gone is shown until then, so that its last numbers are read.
+    ///
+    /// An identity without a workload is one of another mesh: it is kept while it has connections.
     pub fn prune(&self, is_known: impl Fn(&str, &str) -> bool) {
-        let known = |side: &Side| side.workload.is_empty() || is_known(&side.namespace, &side.workload);
+        let known = |side: &Side| match side.workload.is_empty() {
+            true => side.principal.is_empty(),
+            false => is_known(&side.namespace, &side.workload),
+        };
         self.lock().retain(|labels, series| {
-            Arc::strong_count(series) > 1 || (known(&labels.source) && known(&labels.destination))
+            let wanted = Arc::strong_count(series) > 1 || (known(&labels.source) && known(&labels.destination));
+            !series.doomed.swap(!wanted, Relaxed) || wanted
+        });
+        self.lookups().retain(|(source, _), (_, doomed)| {
+            let wanted = known(source);
+            !std::mem::replace(doomed, !wanted) || wanted
         });
     }
 
@@ -317,9 +344,26 @@ impl Metrics {
         self.0.early_denials.get_or_create(&vec![("reporter", reporter.as_str()), ("reason", reason)]).inc();
     }
 
-    /// A connection waits for a tunnel.
-    pub fn tunnel_wait(&self) {
+    /// A live connection was cut.
+    pub fn cut(&self, reporter: Reporter, reason: &'static str) {
+        self.0.cuts.get_or_create(&vec![("reporter", reporter.as_str()), ("reason", reason)]).inc();
+    }
+
+    /// A connection is tried on another endpoint.
+    pub fn retried(&self, flag: Flag) {
+        self.0.retries.get_or_create(&vec![("reason", flag.as_str())]).inc();
+    }
+
+    /// A connection was refused or cut because the peer's certificate is revoked.
+    pub fn revoked(&self, reporter: Reporter) {
+        self.0.revoked[reporter as usize].fetch_add(1, Relaxed);
+    }
+
+    /// A connection waits for a tunnel, until the returned value is dropped.
+    pub fn tunnel_wait(&self) -> Waiting {
         self.0.tunnel_waits.inc();
+        self.0.tunnels_awaited.fetch_add(1, Relaxed);
+        Waiting(self.clone())
     }
 
     /// Pooled tunnels came (positive) or went.
@@ -327,9 +371,62 @@ impl Metrics {
         self.0.tunnels.fetch_add(change, Relaxed);
     }
 
+    /// The hostname of a workload is looked up for a connection.
+    pub fn looked_up(&self, source: &Workload, hostname: &Str) {
+        let side = Side::new(Some(source), source.identity().as_ref());
+        let mut lookups = self.lookups();
+        if lookups.len() < LOOKUPS {
+            lookups.entry((side, hostname.clone())).or_default().0 += 1;
+        } else if let Some(count) = lookups.get_mut(&(side, hostname.clone())) {
+            count.0 += 1;
+        }
+    }
+
+    fn lookups(&self) -> MutexGuard<'_, HashMap<(Side, Str), (u64, bool)>> {
+        self.0.lookups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<Labels, Arc<Series>>> {
         self.0.series.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Pairs of a workload and a hostname that are counted.
+const LOOKUPS: usize = 10_000;
+
+/// The labels of a lookup.
+struct LookupLabels<'a>(&'a Side, &'a str);
+
+impl EncodeLabelSet for LookupLabels<'_> {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
+        let s = self.0;
+        let all: [(&str, &str); 11] = [
+            ("source_workload", &s.workload),
+            ("source_canonical_service", &s.canonical_service),
+            ("source_canonical_revision", &s.canonical_revision),
+            ("source_workload_namespace", &s.namespace),
+            ("source_principal", &s.principal),
+            ("source_app", &s.canonical_service),
+            ("source_version", &s.canonical_revision),
+            ("source_cluster", &s.cluster),
+            ("source_region", &s.region),
+            ("source_zone", &s.zone),
+            ("hostname", self.1),
+        ];
+        encode_labels(encoder, &all)
+    }
+}
+
+fn encode_labels(encoder: &mut LabelSetEncoder<'_>, all: &[(&str, &str)]) -> fmt::Result {
+    for (name, value) in all {
+        let mut label = encoder.encode_label();
+        let mut key = label.encode_label_key()?;
+        key.write_str(name)?;
+        let mut text = key.encode_label_value()?;
+        text.write_str(if value.is_empty() { "unknown" } else { value })?;
+        text.finish()?;
+    }
+    Ok(())
 }
 
 /// A captured socket that is open. See [`Metrics::socket`].
@@ -342,6 +439,16 @@ pub struct OpenSocket {
 impl Drop for OpenSocket {
     fn drop(&mut self) {
         self.metrics.0.sockets[self.reporter as usize].fetch_sub(1, Relaxed);
+    }
+}
+
+/// A connection that waits for a tunnel. See [`Metrics::tunnel_wait`].
+#[derive(Debug)]
+pub struct Waiting(Metrics);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.0.tunnels_awaited.fetch_sub(1, Relaxed);
     }
 }
 
@@ -389,18 +496,47 @@ impl Collector for Metrics {
             let open = self.0.sockets[reporter as usize].load(Relaxed);
             ConstGauge::new(open).encode(sockets.encode_family(&[("reporter", reporter.as_str())])?)?;
         }
+        let rejections = "The total number of connections refused or ended because a certificate was revoked";
+        let revoked = |reporter: Reporter| self.0.revoked[reporter as usize].load(Relaxed);
+        by_reporter(&mut encoder, "crl_policy_rejections", rejections, revoked)?;
+        // Every live tunnel keeps what its peer was verified by, so that there are none.
+        let untracked = "The total number of connections whose certificates cannot be checked again";
+        by_reporter(&mut encoder, "crl_untracked_connections", untracked, |_| 0)?;
+        let help = "The total number of requests that used on-demand DNS";
+        let lookups = self.lookups().clone();
+        let mut metric = encoder.encode_descriptor("on_demand_dns", help, None, MetricType::Counter)?;
+        for ((source, hostname), (count, _)) in &lookups {
+            ConstCounter::new(*count).encode(metric.encode_family(&LookupLabels(source, hostname))?)?;
+        }
         Ok(())
     }
 }
 
-/// How many tunnels are pooled.
+fn by_reporter(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    value: impl Fn(Reporter) -> u64,
+) -> fmt::Result {
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for reporter in [Reporter::Source, Reporter::Destination] {
+        let counter = ConstCounter::new(value(reporter));
+        counter.encode(metric.encode_family(&[("reporter", reporter.as_str())])?)?;
+    }
+    Ok(())
+}
+
+/// How many tunnels are pooled, and how many connections wait for one.
 #[derive(Debug)]
 struct Tunnels(Metrics);
 
 impl Collector for Tunnels {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let gauge = ConstGauge::new(self.0.0.tunnels.load(Relaxed));
-        gauge.encode(encoder.encode_descriptor("tunnels", "Tunnels in the pools", None, MetricType::Gauge)?)
+        gauge.encode(encoder.encode_descriptor("tunnels", "Tunnels in the pools", None, MetricType::Gauge)?)?;
+        let gauge = ConstGauge::new(self.0.0.tunnels_awaited.load(Relaxed));
+        let help = "Connections that wait for a tunnel now";
+        gauge.encode(encoder.encode_descriptor("tunnels_awaited", help, None, MetricType::Gauge)?)
     }
 }
 
@@ -453,17 +589,57 @@ mod tests {
     }
 
     #[test]
-    fn series_of_workloads_that_are_gone_are_dropped_once_nothing_holds_them() {
+    fn series_of_workloads_that_are_gone_are_dropped_once_nothing_holds_them_for_a_while() {
         let metrics = Metrics::default();
         let held = metrics.series(&ends(), Flag::None);
         held.opened();
-        metrics.prune(|_, workload| workload != "db");
-        assert!(page(&metrics).contains("opened_total"));
+        let shown = || page(&metrics).contains("opened_total");
+        let without_db = |_: &str, workload: &str| workload != "db";
+        for _ in 0..3 {
+            metrics.prune(without_db);
+            assert!(shown());
+        }
         drop(held);
         metrics.prune(|_, _| true);
-        assert!(page(&metrics).contains("opened_total"));
-        metrics.prune(|_, workload| workload != "db");
-        assert!(!page(&metrics).contains("opened_total"));
+        metrics.prune(without_db);
+        assert!(shown(), "it may be asked for once more");
+        // A connection that comes meanwhile begins the time anew.
+        drop(metrics.series(&ends(), Flag::None));
+        let held = metrics.series(&ends(), Flag::None);
+        metrics.prune(without_db);
+        drop(held);
+        metrics.prune(without_db);
+        assert!(shown());
+        metrics.prune(without_db);
+        assert!(!shown());
+    }
+
+    #[test]
+    fn peers_of_other_meshes_do_not_stay_for_ever() {
+        let metrics = Metrics::default();
+        for number in 0..100 {
+            let source_identity = format!("spiffe://other/ns/a/sa/b{number}").parse().ok();
+            metrics.series(&Ends { source: None, source_identity, ..ends() }, Flag::Deny).failed();
+        }
+        assert_eq!(page(&metrics).matches("failed_total").count(), 100);
+        metrics.prune(|_, _| true);
+        metrics.prune(|_, _| true);
+        assert_eq!(page(&metrics).matches("failed_total").count(), 0);
+    }
+
+    #[test]
+    fn lookups_of_hostnames_are_counted_by_who_asks() {
+        let metrics = Metrics::default();
+        let web = Workload { namespace: "shop".into(), workload_name: "web".into(), ..Workload::default() };
+        for _ in 0..2 {
+            metrics.looked_up(&web, &"db.example".into());
+        }
+        let text = page(&metrics);
+        let line = text.lines().find(|line| line.starts_with("istio_on_demand_dns_total")).unwrap();
+        assert!(line.contains("source_workload=\"web\"") && line.ends_with("hostname=\"db.example\"} 2"), "{line}");
+        metrics.prune(|_, _| false);
+        metrics.prune(|_, _| false);
+        assert!(!page(&metrics).contains("db.example"));
     }
 
     #[test]

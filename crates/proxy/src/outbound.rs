@@ -2,12 +2,15 @@
 //!
 //! `Accepted → Routed → Tunnelled | Direct`: the route is a value, decided from one snapshot; this file carries it out.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rand::Rng as _;
+use smallvec::SmallVec;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use zspire_hbone::headers::{Baggage, Forwarded, Headers, Kind, TraceParent};
 use zspire_hbone::{End, Request, Stream, Target as HboneTarget, copy};
 use zspire_identity::{Credentials, ExpectedPeers};
@@ -16,12 +19,13 @@ use zspire_model::{Service, Snapshot, Str, Workload};
 use zspire_sys::socket;
 
 use crate::accept::Accepted;
-use crate::connect::{self, canonical};
+use crate::connect::canonical;
 use crate::flow::{self, About, Direction, Failure, Flow, Transport};
 use crate::live::Place;
-use crate::metrics::Flag;
+use crate::metrics::{Flag, Reporter};
 use crate::pod::{Local, Pod};
-use crate::tunnels::{self, Key};
+use crate::resolve;
+use crate::tunnels::{self, Key, Opened};
 
 /// Serves one redirected connection.
 pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
@@ -37,8 +41,10 @@ pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
 
 /// What a connection asks for.
 #[derive(Debug, Clone)]
-pub(crate) enum Asked {
+pub enum Asked {
+    /// An address.
     Address(SocketAddr),
+    /// A name and a port.
     Hostname(Str, u16),
 }
 
@@ -51,11 +57,12 @@ pub(crate) struct Wanted {
 
 /// A connection whose route is decided and whose addresses are known.
 struct Routed {
-    wanted: Wanted,
     local: Arc<Local>,
     connect: SocketAddr,
     upstream: Upstream,
     service: Option<Arc<Service>>,
+    /// Among how many the endpoint was chosen.
+    choices: usize,
 }
 
 /// A connection that is carried from here on.
@@ -69,26 +76,96 @@ enum Way {
     Direct(TcpStream, Place),
 }
 
+/// How often a connection is tried on another endpoint when one cannot be reached. Nothing of the application's has been
+/// read until one is.
+const RETRIES: usize = 2;
+/// An endpoint that has not answered by then is given up if there is another.
+const PATIENCE: Duration = Duration::from_secs(4);
+/// No other endpoint is tried after this time.
+const RETRY_TIME: Duration = Duration::from_secs(10);
+
+/// A connection that goes nowhere, and what metrics call the reason.
+struct Refused {
+    reason: &'static str,
+    failure: Failure,
+}
+
+impl Refused {
+    fn new(reason: &'static str, failure: Failure) -> Self {
+        Self { reason, failure }
+    }
+}
+
+/// Endpoints that have failed.
+type Failed = SmallVec<[Str; RETRIES]>;
+
 impl Wanted {
-    /// Routes and connects. A failure has been logged and counted.
-    pub(crate) async fn establish(self, pod: &Pod) -> Result<Established, Failure> {
-        let (source, original) = (self.source, self.original());
-        let routed = match self.route(pod).await {
+    /// Routes and connects; an endpoint that cannot be reached is replaced by another. A failure has been logged and counted.
+    pub(crate) async fn establish(mut self, pod: &Pod) -> Result<Established, Failure> {
+        let (started, mut failed) = (Instant::now(), Failed::new());
+        let mut routed = match self.route(pod, &failed).await {
             Ok(routed) => routed,
-            Err(failure) => {
+            Err(Refused { reason, failure }) => {
                 let metrics = &pod.shared().metrics;
-                flow::deny_early(metrics, Direction::Outbound, source, original, failure.flag.as_str(), &failure);
+                flow::deny_early(metrics, Direction::Outbound, self.source, self.original(), reason, &failure);
                 return Err(failure);
             }
         };
-        let flow = pod.open(routed.about());
-        match routed.carry_out(pod).await {
-            Ok(way) => Ok(Established { flow, way }),
-            Err(failure) => {
+        let mut flow = pod.open(routed.about(&self));
+        loop {
+            let others = failed.len() < RETRIES && routed.choices > failed.len() + 1;
+            let failure = match self.attempt(pod, &routed, others).await {
+                Ok(way) => {
+                    flow.opened();
+                    return Ok(Established { flow, way });
+                }
+                Err(failure) => failure,
+            };
+            let another = match &routed.upstream.workload {
+                Some(workload) if others && failure.another_way && started.elapsed() < RETRY_TIME => {
+                    failed.push(workload.uid.clone());
+                    // Without another one, what has failed is what is told.
+                    self.route(pod, &failed).await.ok()
+                }
+                _ => None,
+            };
+            let Some(another) = another else {
                 flow.finish(false, Err(failure.clone()));
-                Err(failure)
-            }
+                return Err(failure);
+            };
+            pod.shared().metrics.retried(failure.flag);
+            tracing::info!(
+                source = %self.source,
+                endpoint = %routed.connect,
+                error = %failure,
+                next = %another.connect,
+                "an endpoint cannot be reached, another one is tried"
+            );
+            flow = flow.by_another_way(another.about(&self));
+            routed = another;
         }
+    }
+
+    async fn attempt(&self, pod: &Pod, routed: &Routed, others: bool) -> Result<Way, Failure> {
+        let own = match &routed.upstream.path {
+            Path::Tcp => None,
+            Path::Hbone(_) | Path::DoubleHbone { .. } => routed.local.workload.identity(),
+        };
+        // From now on, what becomes of the pod's identity concerns it.
+        let place = pod.live().enter_opened(own);
+        // Not a matter of the endpoint, nor of its time.
+        let credentials = match &routed.upstream.path {
+            Path::Tcp => None,
+            _ => Some(place.unless_cut(pod.credentials(&routed.local)).await?),
+        };
+        let carrying = routed.carry_out(self, pod, place, credentials);
+        if !others {
+            return carrying.await;
+        }
+        timeout(PATIENCE, carrying).await.unwrap_or_else(|_| {
+            let why = format_args!("{} has not answered in {PATIENCE:?}", routed.connect);
+            Err(Failure { kind: ErrorKind::TimedOut, ..Failure::new(Flag::Connect, why) }.on_this_way())
+        })
     }
 
     fn original(&self) -> Option<SocketAddr> {
@@ -98,35 +175,55 @@ impl Wanted {
         }
     }
 
-    async fn route(mut self, pod: &Pod) -> Result<Routed, Failure> {
-        let local = pod.local().await.map_err(|error| Failure::new(Flag::Connect, error))?;
-        let mut route = self.discover(pod, &local).await?;
+    async fn route(&mut self, pod: &Pod, failed: &[Str]) -> Result<Routed, Refused> {
+        let local = pod.local().await;
+        let local = local.map_err(|error| Refused::new(error.label(), Failure::new(Flag::Connect, error)))?;
+        self.check_source(&local)?;
+        let mut route = self.discover(pod, &local, failed).await?;
         if let (Err(Reject::UnknownHostname(_)), Asked::Hostname(name, port)) = (&route.decision, &self.destination) {
+            let (name, port) = (name.clone(), *port);
             let like = Some(self.source.ip()).filter(|ip| !ip.is_loopback());
-            let ip = connect::resolve(name, like, pod.shared().config.workload_timeout).await?;
-            self.destination = Asked::Address((ip, *port).into());
-            route = self.discover(pod, &local).await?;
+            self.destination = Asked::Address((resolve(pod, &name, like).await?, port).into());
+            route = self.discover(pod, &local, failed).await?;
         }
-        let refused = |reject: Reject| Failure { kind: kind(&reject), ..Failure::new(Flag::Connect, reject) };
+        let refused = |reject: Reject| {
+            let label = label(&reject);
+            Refused::new(label, Failure { kind: kind(&reject), ..Failure::new(Flag::Connect, reject) })
+        };
         let upstream = route.decision.map_err(refused)?;
         let upstream = match &upstream.connect {
             Target::Address(_) => upstream,
             Target::Resolve { hostname, .. } => {
                 let like = self.original().map(|address| address.ip());
-                let ip = connect::resolve(hostname, like, pod.shared().config.workload_timeout).await?;
+                pod.shared().metrics.looked_up(&local.workload, hostname);
+                let ip = resolve(pod, hostname, like).await?;
                 upstream.resolved(ip)
             }
         };
         let Target::Address(connect) = upstream.connect else {
-            return Err(Failure::new(Flag::Connect, "the route has no address"));
+            return Err(Refused::new("no_address", Failure::new(Flag::Connect, "the route has no address")));
         };
-        Ok(Routed { wanted: self, local, connect, upstream, service: route.service })
+        Ok(Routed { local, connect, upstream, service: route.service, choices: route.choices })
+    }
+
+    /// A connection carries on with the address that it came from, and the other end may ask policies about it: it must be
+    /// one of the workload's. What came over loopback leaves by none of its own.
+    fn check_source(&self, local: &Local) -> Result<(), Refused> {
+        let (source, workload) = (self.source.ip().to_canonical(), &local.workload);
+        if source.is_loopback() || workload.addresses.is_empty() || workload.addresses.contains(&source) {
+            return Ok(());
+        }
+        let why = format_args!("{source} is not an address of workload {}", workload.uid);
+        Err(Refused::new(
+            "foreign_source",
+            Failure { kind: ErrorKind::PermissionDenied, ..Failure::new(Flag::Deny, why) },
+        ))
     }
 
     /// Routes; where resources are discovered on demand, what the route depends on is asked for first. What nobody answers
     /// for is refused: only what the mesh certainly does not know passes through.
-    async fn discover(&self, pod: &Pod, local: &Local) -> Result<route::Route, Failure> {
-        let Some(on_demand) = &pod.shared().on_demand else { return Ok(self.ask(pod, local)) };
+    async fn discover(&self, pod: &Pod, local: &Local, failed: &[Str]) -> Result<route::Route, Refused> {
+        let Some(on_demand) = &pod.shared().on_demand else { return Ok(self.ask(pod, local, failed)) };
         let network = &local.workload.network;
         let mut wanted = self.original().map(|address| address.ip()).and_then(|ip| {
             let known = |snapshot: &Snapshot| {
@@ -138,22 +235,26 @@ impl Wanted {
         // A service, its waypoint and the gateway of its network: no route depends on more.
         for _ in 0..3 {
             if let Some(key) = wanted.take() {
-                let failed = |why| Failure::new(Flag::Connect, format_args!("cannot discover {key}: {why}"));
+                let failed = |why| {
+                    let why = format_args!("cannot discover {key}: {why}");
+                    Refused::new("no_discovery", Failure::new(Flag::Connect, why))
+                };
                 let answer = timeout(limit, on_demand.get(key.clone())).await;
                 answer.unwrap_or_else(|_| Err(format!("no answer in {limit:?}"))).map_err(failed)?;
             }
-            let route = self.ask(pod, local);
+            let route = self.ask(pod, local, failed);
             match &route.decision {
-                Err(Reject::NoWaypoint(gateway) | Reject::NoNetworkGateway { gateway, .. }) => {
+                // What has failed is known, and asking for it changes nothing.
+                Err(Reject::NoWaypoint(gateway) | Reject::NoNetworkGateway { gateway, .. }) if failed.is_empty() => {
                     wanted = Some(gateway.destination.to_string());
                 }
                 _ => return Ok(route),
             }
         }
-        Ok(self.ask(pod, local))
+        Ok(self.ask(pod, local, failed))
     }
 
-    fn ask(&self, pod: &Pod, local: &Local) -> route::Route {
+    fn ask(&self, pod: &Pod, local: &Local, failed: &[Str]) -> route::Route {
         let request = RouteRequest {
             source: &local.workload,
             source_address: self.source.ip(),
@@ -161,7 +262,7 @@ impl Wanted {
                 Asked::Address(address) => Destination::Address(*address),
                 Asked::Hostname(name, port) => Destination::Hostname(name, *port),
             },
-            excluded: &[],
+            excluded: failed,
             settings: &pod.shared().config.routing,
         };
         let route = pod.mesh(|snapshot| route::route(snapshot, &request, &mut rand::rng()));
@@ -170,9 +271,37 @@ impl Wanted {
     }
 }
 
+/// Resolves a hostname to an address, of the family of `like` if there is one.
+async fn resolve(pod: &Pod, hostname: &Str, like: Option<IpAddr>) -> Result<IpAddr, Refused> {
+    let shared = pod.shared();
+    let deadline = Instant::now() + shared.config.workload_timeout;
+    let found = match shared.resolver.resolve(hostname, deadline).await {
+        Ok(addresses) => resolve::pick(&addresses, like, &mut rand::rng()).ok_or("no address".to_owned()),
+        Err(failed) => Err(failed.to_string()),
+    };
+    found.map_err(|why| {
+        let failure = Failure::new(Flag::Connect, format_args!("cannot resolve {hostname}: {why}"));
+        Refused::new("unresolved", Failure { kind: ErrorKind::NotFound, ..failure })
+    })
+}
+
+/// What metrics call it.
+fn label(reject: &Reject) -> &'static str {
+    match reject {
+        Reject::OwnPort(_) => "own_port",
+        Reject::UnknownHostname(_) => "unknown_hostname",
+        Reject::UnknownPort { .. } => "unknown_port",
+        Reject::NoHealthyUpstream { .. } => "no_healthy_upstream",
+        Reject::NoWaypoint(_) => "no_waypoint",
+        Reject::NoNetworkGateway { .. } => "no_network_gateway",
+        Reject::NotAddressable(_) => "not_addressable",
+        Reject::NoAddress(_) => "no_address",
+        Reject::NoIdentity(_) => "no_identity",
+    }
+}
+
 /// What SOCKS has words for.
-fn kind(reject: &Reject) -> std::io::ErrorKind {
-    use std::io::ErrorKind;
+fn kind(reject: &Reject) -> ErrorKind {
     match reject {
         Reject::OwnPort(_) => ErrorKind::PermissionDenied,
         Reject::UnknownHostname(_) => ErrorKind::NotFound,
@@ -181,7 +310,7 @@ fn kind(reject: &Reject) -> std::io::ErrorKind {
 }
 
 impl Routed {
-    fn about(&self) -> About {
+    fn about(&self, wanted: &Wanted) -> About {
         let (transport, hbone_address, expected) = match &self.upstream.path {
             Path::Tcp => (Transport::Tcp, None, None),
             Path::Hbone(tunnel) => (Transport::Hbone, Some(&tunnel.authority), tunnel.expected.first()),
@@ -190,72 +319,96 @@ impl Routed {
         About {
             direction: Direction::Outbound,
             transport,
-            source_address: self.wanted.source,
+            source_address: wanted.source,
             source: Some(self.local.workload.clone()),
             // An identity that was not shown to anybody is not reported.
             source_identity: expected.and(self.local.workload.identity()),
             destination_address: self.connect,
             next_hop: self.connect,
             hbone_address: hbone_address.map(|authority| authority.to_string().into()),
-            original_destination: self.wanted.original(),
+            original_destination: wanted.original(),
             destination: self.upstream.workload.clone(),
             destination_identity: expected.cloned(),
             service: self.service.clone(),
         }
     }
 
-    async fn carry_out(&self, pod: &Pod) -> Result<Way, Failure> {
-        let source = self.wanted.source.ip();
-        match &self.upstream.path {
-            Path::Tcp => {
-                let socket = pod.sockets().connect(self.connect, source).await?;
-                Ok(Way::Direct(socket, pod.live().enter(None, false)))
+    async fn carry_out(
+        &self,
+        wanted: &Wanted,
+        pod: &Pod,
+        place: Place,
+        credentials: Option<Arc<Credentials>>,
+    ) -> Result<Way, Failure> {
+        let stream = match (&self.upstream.path, credentials) {
+            (Path::Hbone(tunnel), Some(credentials)) => {
+                let opening = self.tunnel(wanted, pod, tunnel, &credentials);
+                let Opened { stream, proof } = place.unless_cut(opening).await?;
+                place.rests_on(&proof);
+                stream
             }
-            Path::Hbone(tunnel) => {
-                let credentials = pod.credentials(&self.local).await?;
-                let stream = self.tunnel(pod, tunnel, &credentials).await?;
-                Ok(Way::Tunnelled(Box::new(stream), pod.live().enter(None, true)))
+            (Path::DoubleHbone { outer, inner }, Some(credentials)) => {
+                let opening = Box::pin(async {
+                    let Opened { stream, proof } = self.tunnel(wanted, pod, outer, &credentials).await?;
+                    place.rests_on(&proof);
+                    self.tunnel_in_tunnel(wanted, pod, stream, inner, &credentials).await
+                });
+                let Opened { stream, proof } = place.unless_cut(opening).await?;
+                place.rests_on(&proof);
+                stream
             }
-            Path::DoubleHbone { outer, inner } => {
-                let credentials = pod.credentials(&self.local).await?;
-                let outer = self.tunnel(pod, outer, &credentials).await?;
-                let stream = Box::pin(self.tunnel_in_tunnel(pod, outer, inner, &credentials)).await?;
-                Ok(Way::Tunnelled(Box::new(stream), pod.live().enter(None, true)))
+            (Path::Tcp, _) => {
+                let connecting = async { Ok(pod.sockets().connect(self.connect, wanted.source.ip()).await?) };
+                let socket = place.unless_cut(connecting).await?;
+                return Ok(Way::Direct(socket, place));
             }
-        }
+            (_, None) => return Err(Failure::new(Flag::IdentityError, "a tunnel without credentials")),
+        };
+        Ok(Way::Tunnelled(Box::new(stream), place))
     }
 
-    async fn tunnel(&self, pod: &Pod, tunnel: &Tunnel, credentials: &Arc<Credentials>) -> Result<Stream, Failure> {
+    async fn tunnel(
+        &self,
+        wanted: &Wanted,
+        pod: &Pod,
+        tunnel: &Tunnel,
+        credentials: &Arc<Credentials>,
+    ) -> Result<Opened, Failure> {
         let key = Key {
             source: credentials.id().clone(),
-            source_address: self.wanted.source.ip(),
+            source_address: wanted.source.ip(),
             destination: self.connect,
             expected: tunnel.expected.iter().cloned().collect(),
         };
-        let (stream, _) = pod.tunnels().open(&key, credentials, &self.request(tunnel, None)).await?;
-        Ok(stream)
+        pod.tunnels().open(&key, credentials, &self.request(wanted, tunnel, None)).await
     }
 
     /// The inner tunnel is for this connection alone: what is behind the gateway differs from one to the next.
     async fn tunnel_in_tunnel(
         &self,
+        wanted: &Wanted,
         pod: &Pod,
         outer: Stream,
         inner: &Tunnel,
         credentials: &Credentials,
-    ) -> Result<Stream, Failure> {
+    ) -> Result<Opened, Failure> {
         let expected: ExpectedPeers = inner.expected.iter().cloned().collect();
-        let (tunnel, driver, _) = tunnels::over(pod.shared(), outer.into_io(), credentials, &expected).await?;
+        let begun = tunnels::over(pod.shared(), outer.into_io(), credentials, &expected).await?;
+        // Where the peer is, nobody here knows: only the way to it.
+        let address = self.connect.ip();
+        let proved = pod.live().prove(Reporter::Source, credentials.id().clone(), begun.peer, address);
+        let (proof, driver) = (proved.proof().clone(), begun.driver);
         pod.connections().spawn(async move {
             driver.await;
+            drop(proved);
         });
         let network = Some(self.local.workload.network.clone()).filter(|network| !network.is_empty());
-        let request = self.request(inner, network);
-        let (stream, _) = tunnel.open(&request).await.map_err(|error| tunnels::open_failure(error, &expected))?;
-        Ok(stream)
+        let request = self.request(wanted, inner, network);
+        let (stream, _) = begun.tunnel.open(&request).await.map_err(|error| tunnels::open_failure(error, &expected))?;
+        Ok(Opened { stream, proof })
     }
 
-    fn request(&self, tunnel: &Tunnel, network: Option<Str>) -> Request {
+    fn request(&self, wanted: &Wanted, tunnel: &Tunnel, network: Option<Str>) -> Request {
         let target = match &tunnel.authority {
             Authority::Address(address) => HboneTarget::Address(*address),
             Authority::Host(name, port) => HboneTarget::Host { name: (**name).into(), port: *port },
@@ -268,7 +421,7 @@ impl Routed {
             headers: Headers {
                 baggage: Some(baggage(&self.local.workload)),
                 forwarded: Some(Forwarded {
-                    source: self.wanted.source,
+                    source: wanted.source,
                     host: self.service.as_ref().map(|service| (*service.hostname).into()),
                 }),
                 traceparent: Some(TraceParent::new(rng.random(), rng.random())),
@@ -308,12 +461,12 @@ impl Established {
     }
 }
 
-/// How a relayed connection is reported.
+/// How a relayed connection is reported. Whoever was cut may have met the end of its tunnel first.
 pub(crate) fn outcome(end: End, place: &Place) -> Result<(), Failure> {
-    match end {
-        End::Complete => Ok(()),
-        End::Cut => Err(place.why().unwrap_or_else(|| Failure::new(Flag::None, End::Cut))),
-        other => Err(Failure::new(Flag::None, other)),
+    match (end, place.why()) {
+        (End::Complete, _) => Ok(()),
+        (_, Some(why)) => Err(why),
+        (other, None) => Err(Failure::new(Flag::None, other)),
     }
 }
 

@@ -52,7 +52,7 @@ pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
         service,
     });
     let question = Question { destination, peer: None, peer_address: accepted.source.ip() };
-    let connected = match admission::authorize(&pod, &local, question, accepted.source) {
+    let connected = match admission::authorize(&pod, &local, question, accepted.source, destination.ip()) {
         Ok(authorized) => authorized.connect(&pod, None).await,
         Err(failure) => Err(failure),
     };

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use zspire_identity::{Credentials, Watch};
@@ -24,6 +24,7 @@ use crate::metrics::Flag;
 use crate::proxy::Shared;
 use crate::tasks::Tasks;
 use crate::tunnels::Tunnels;
+use crate::watch::{self, Newest, Seen};
 
 /// A pod to serve.
 #[derive(Debug, Clone)]
@@ -31,7 +32,7 @@ pub struct PodSpec {
     /// What it is called in views: unique in this process.
     pub uid: Str,
     /// The pod as it is now.
-    pub local: watch::Receiver<Known>,
+    pub local: Receiver<Known>,
     /// Where its proxy listens.
     pub listeners: Listeners,
     /// Its network namespace, where its sockets are made; none: that of this process.
@@ -77,10 +78,12 @@ pub(crate) struct Pod(Rc<Inner>);
 struct Inner {
     shared: Arc<Shared>,
     uid: Str,
-    local: watch::Receiver<Known>,
+    local: Receiver<Known>,
     sockets: Sockets,
     tunnels: Tunnels,
     live: Rc<Registry>,
+    newest: Newest,
+    seen: RefCell<Seen>,
     connections: Tasks,
     /// What [`Shared::discovered`] was last seen to say: it never turns back.
     discovered: Cell<bool>,
@@ -89,15 +92,24 @@ struct Inner {
 }
 
 impl Pod {
-    pub(crate) fn new(shared: Arc<Shared>, spec: &PodSpec, sockets: Sockets, drain: CancellationToken) -> Self {
-        let tunnels = Tunnels::new(&shared, sockets.clone());
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        spec: &PodSpec,
+        sockets: Sockets,
+        newest: Newest,
+        drain: CancellationToken,
+    ) -> Self {
+        let live = Registry::new(shared.metrics.clone());
+        let tunnels = Tunnels::new(&shared, sockets.clone(), live.clone(), newest.clone());
         Self(Rc::new(Inner {
             shared,
             uid: spec.uid.clone(),
             local: spec.local.clone(),
             sockets,
             tunnels,
-            live: Rc::default(),
+            live,
+            newest,
+            seen: RefCell::default(),
             connections: Tasks::default(),
             discovered: Cell::new(false),
             handshakes: RefCell::default(),
@@ -119,6 +131,16 @@ impl Pod {
 
     pub(crate) fn live(&self) -> &Rc<Registry> {
         &self.0.live
+    }
+
+    /// The newest certificates of peers, of all workers.
+    pub(crate) fn newest(&self) -> &Newest {
+        &self.0.newest
+    }
+
+    /// Tells when the pod as discovery knows it changes.
+    pub(crate) fn local_changes(&self) -> Receiver<Known> {
+        self.0.local.clone()
     }
 
     pub(crate) fn connections(&self) -> &Tasks {
@@ -186,47 +208,10 @@ impl Pod {
         Ok(Handshake { pod: self.clone(), of })
     }
 
-    /// Cuts what the newest policies deny and what runs on credentials that were taken away; runs until dropped.
+    /// Cuts what is no longer allowed; runs until dropped.
     pub(crate) async fn keep_watch(&self) {
-        let mut authorization = self.0.shared.authorization.clone();
-        let mut local = self.0.local.clone();
-        loop {
-            let credentials = self.known().here().map(|local| local.credentials.clone());
-            tokio::select! {
-                changed = authorization.changed() => if changed.is_err() { return },
-                changed = local.changed() => if changed.is_err() { return },
-                why = revoked(credentials) => {
-                    self.0.tunnels.retire_all();
-                    self.0.live.revoke(&why);
-                    // The next look is at the next change: it stays revoked until then.
-                    if local.changed().await.is_err() { return }
-                }
-            }
-            match self.known() {
-                Known::Here(local) => self.mesh(|snapshot| self.0.live.ask_again(snapshot, &local.workload)),
-                Known::Refused(why) => {
-                    self.0.tunnels.retire_all();
-                    self.0.live.refuse(&why);
-                }
-                Known::Waiting => {}
-            }
-        }
+        watch::keep_watch(self, &self.0.seen).await;
     }
-}
-
-/// Completes when credentials are taken away, with the reason.
-async fn revoked(credentials: Option<Watch>) -> Str {
-    use zspire_identity::State;
-    if let Some(mut credentials) = credentials {
-        let mut state = Some(credentials.state());
-        while let Some(now) = state {
-            if let State::Revoked { why } = now {
-                return why;
-            }
-            state = credentials.changed().await;
-        }
-    }
-    std::future::pending().await
 }
 
 impl fmt::Debug for Pod {

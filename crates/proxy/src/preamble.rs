@@ -11,7 +11,7 @@ const VERSION_COMMAND: u8 = 0x21;
 const PEER: u8 = 0xd0;
 
 /// The header of a connection.
-pub(crate) fn proxy_v2(source: SocketAddr, destination: SocketAddr, peer: Option<&SpiffeId>) -> Vec<u8> {
+pub fn proxy_v2(source: SocketAddr, destination: SocketAddr, peer: Option<&SpiffeId>) -> Vec<u8> {
     let mut body = Vec::with_capacity(64);
     let family = match (source.ip(), destination.ip()) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {

@@ -18,8 +18,11 @@ use crate::accept::accept;
 use crate::config::{Config, Listeners};
 use crate::connect::Sockets;
 use crate::flow::Table;
+use crate::live::{Reason, Verdict};
 use crate::metrics::Metrics;
 use crate::pod::{Pod, PodSpec};
+use crate::resolve::Resolver;
+use crate::watch::Newest;
 use crate::workers::Workers;
 use crate::{inbound, outbound, plaintext, socks5};
 
@@ -40,6 +43,10 @@ pub struct Shared {
     pub authorization: watch::Receiver<u64>,
     /// Whether the mesh has been told as a whole, workloads and policies; never false again once it is true.
     pub discovered: watch::Receiver<bool>,
+    /// Changes whenever a peer that was trusted may not be any more, besides with the pods' own credentials.
+    pub trust: watch::Receiver<u64>,
+    /// Looks up names of workloads that have no address.
+    pub resolver: Resolver,
     /// Asks for what the mesh does not show; none if it shows all that there is.
     pub on_demand: Option<Arc<dyn OnDemand>>,
 }
@@ -101,10 +108,11 @@ impl Proxy {
         let share = Share { mark: sockets.mark(), workers: workers.count(), overlap: spec.overlap };
         let sets = sockets.inside(|| share.listen_all(&mut spec.listeners)).map_err(StartError::Enter)??;
         let (drain, cut, tracker) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
+        let newest = Newest::default();
         for (worker, set) in workers.iter().zip(sets) {
-            let (shared, spec, sockets) = (shared.clone(), spec.clone(), sockets.clone());
+            let (shared, spec, sockets, newest) = (shared.clone(), spec.clone(), sockets.clone(), newest.clone());
             let (drain, cut, running) = (drain.clone(), cut.clone(), tracker.token());
-            worker.spawn(move || serve(Pod::new(shared, &spec, sockets, drain), set, cut, running));
+            worker.spawn(move || serve(Pod::new(shared, &spec, sockets, newest, drain), set, cut, running));
         }
         tracker.close();
         Ok(Self { drain, workers: tracker, listeners: spec.listeners, cut: cut.drop_guard() })
@@ -221,7 +229,7 @@ async fn serve(pod: Pod, sockets: Sockets4, cut: CancellationToken, _running: Ta
 /// Ends what is left. Both ends of a connection are told by a reset: a task that is merely dropped would close its sockets in good
 /// order, and an application would take what it has for all there is.
 async fn cut_off(pod: &Pod) {
-    pod.live().cut_all();
+    pod.live().cut_all(&Verdict::new(Reason::Shutdown, "the proxy is shutting down"));
     let _ = tokio::time::timeout(RESETS, pod.connections().finished()).await;
     pod.connections().abort();
     pod.connections().finished().await;

@@ -5,8 +5,7 @@
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
 use crate::accept::Accepted;
@@ -63,7 +62,7 @@ pub(crate) async fn serve(pod: Pod, mut accepted: Accepted) {
 }
 
 /// Reads what is asked for. Every step has a fixed size or one byte of length.
-async fn negotiate(socket: &mut TcpStream) -> io::Result<Asked> {
+pub async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut S) -> io::Result<Asked> {
     let [version, methods] = read(socket).await?;
     if version != VERSION {
         return Err(io::Error::new(ErrorKind::InvalidData, "not SOCKS version 5"));
@@ -106,17 +105,17 @@ async fn negotiate(socket: &mut TcpStream) -> io::Result<Asked> {
     })
 }
 
-async fn read<const N: usize>(socket: &mut TcpStream) -> io::Result<[u8; N]> {
+async fn read<const N: usize>(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     socket.read_exact(&mut bytes).await?;
     Ok(bytes)
 }
 
-async fn port(socket: &mut TcpStream) -> io::Result<u16> {
+async fn port(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<u16> {
     Ok(u16::from_be_bytes(read(socket).await?))
 }
 
-async fn answer(socket: &mut TcpStream, reply: Reply, bound: SocketAddr) -> io::Result<()> {
+async fn answer(socket: &mut (impl AsyncWrite + Unpin), reply: Reply, bound: SocketAddr) -> io::Result<()> {
     let mut bytes = vec![VERSION, reply as u8, 0];
     match bound.ip() {
         IpAddr::V4(ip) => {

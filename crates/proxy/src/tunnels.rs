@@ -1,18 +1,23 @@
 //! The tunnels of a pod on one worker: what they may be shared for, and how one is made.
 
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, timeout};
-use zspire_hbone::{Connected, Ended, OpenError, Pool, PoolConfig, Request, ResponseHead, StatusCode, Stream, Tunnel};
-use zspire_identity::{Credentials, ExpectedPeers, tls};
+use zspire_hbone::{Connected, Ended, OpenError, Pool, PoolConfig, Request, StatusCode, Stream, Tunnel, TunnelId};
+use zspire_identity::{Credentials, ExpectedPeers, Peer, tls};
 use zspire_model::SpiffeId;
 
 use crate::connect::Sockets;
 use crate::flow::Failure;
+use crate::live::{Proof, Proved, Registry};
 use crate::metrics::{Flag, Reporter};
 use crate::proxy::Shared;
+use crate::watch::Newest;
 
 /// How often a request is given to another tunnel when the peer certainly has not looked at it.
 const RETRIES: usize = 2;
@@ -31,17 +36,38 @@ pub(crate) struct Key {
 }
 
 /// The tunnels.
-pub(crate) struct Tunnels {
+#[derive(Clone)]
+pub(crate) struct Tunnels(Rc<Inner>);
+
+struct Inner {
     pool: Pool<Key, Failure>,
     shared: Arc<Shared>,
     sockets: Sockets,
+    live: Rc<Registry>,
+    newest: Newest,
+    made: RefCell<HashMap<TunnelId, Made>>,
+}
+
+/// A tunnel that was made and has not ended.
+struct Made {
+    key: Key,
+    proof: Rc<Proof>,
+    /// When a tunnel should be made that shows the peer's newer certificate and ours, if connections still rest on this one.
+    renew_at: Cell<Option<SystemTime>>,
+}
+
+/// A stream and what was proved for its tunnel.
+pub(crate) struct Opened {
+    pub(crate) stream: Stream,
+    pub(crate) proof: Rc<Proof>,
 }
 
 impl Tunnels {
-    pub(crate) fn new(shared: &Arc<Shared>, sockets: Sockets) -> Self {
+    pub(crate) fn new(shared: &Arc<Shared>, sockets: Sockets, live: Rc<Registry>, newest: Newest) -> Self {
         let metrics = shared.metrics.clone();
         let config = PoolConfig { unused_release: shared.config.unused_release };
-        Self { pool: Pool::new(config, move |change| metrics.tunnels(change)), shared: shared.clone(), sockets }
+        let pool = Pool::new(config, move |change| metrics.tunnels(change));
+        Self(Rc::new(Inner { pool, shared: shared.clone(), sockets, live, newest, made: RefCell::default() }))
     }
 
     /// Opens a stream to a peer, on a tunnel that is there or on a new one.
@@ -50,14 +76,24 @@ impl Tunnels {
         key: &Key,
         credentials: &Arc<Credentials>,
         request: &Request,
-    ) -> Result<(Stream, ResponseHead), Failure> {
+    ) -> Result<Opened, Failure> {
+        let metrics = &self.0.shared.metrics;
         let mut tries = 0;
         loop {
-            let make = || make(self.shared.clone(), self.sockets.clone(), key.clone(), credentials.clone());
-            let lease = self.pool.lease(key, make, || self.shared.metrics.tunnel_wait()).await?;
-            match lease.open(request).await {
+            let make = || self.clone().make(key.clone(), credentials.clone());
+            let mut wait = None;
+            let lease = self.0.pool.lease(key, make, || wait = Some(metrics.tunnel_wait())).await?;
+            drop(wait);
+            let opened = match lease.open(request).await {
+                Ok((stream, _)) => {
+                    let proof = self.0.made.borrow().get(&stream.tunnel()).map(|made| made.proof.clone());
+                    proof.map(|proof| Opened { stream, proof }).ok_or(OpenError::Ended(Ended::Closed))
+                }
+                Err(error) => Err(error),
+            };
+            match opened {
                 Ok(opened) => return Ok(opened),
-                Err(error) if error.unprocessed() && tries < RETRIES => tries += 1,
+                Err(error) if error.unprocessed() && !is_tls(&error) && tries < RETRIES => tries += 1,
                 Err(error) => return Err(open_failure(error, &key.expected)),
             }
         }
@@ -65,36 +101,113 @@ impl Tunnels {
 
     /// Opens no more streams on the tunnels there are.
     pub(crate) fn retire_all(&self) {
-        self.pool.retire(|_| true);
+        self.0.pool.retire(|_, _| true);
+    }
+
+    /// Opens no more streams on tunnels whose ends are no longer trusted.
+    pub(crate) fn retire_withdrawn(&self) {
+        let made = self.0.made.borrow();
+        let withdrawn: HashSet<TunnelId> =
+            made.iter().filter(|(_, made)| made.proof.withdrawn().is_some()).map(|(id, _)| *id).collect();
+        drop(made);
+        self.0.pool.retire(|_, id| withdrawn.contains(&id));
+    }
+
+    /// When the next tunnel should be renewed.
+    pub(crate) fn next_renewal(&self) -> Option<SystemTime> {
+        self.0.made.borrow().values().filter_map(|made| made.renew_at.get()).min()
+    }
+
+    /// Replaces the tunnels whose certificates end soon. Where live connections rest on one, the new one is made at once: in it
+    /// the two ends show each other their newer certificates, and the connections may go on.
+    pub(crate) fn renew(&self, credentials: &Arc<Credentials>) {
+        let now = SystemTime::now();
+        let (mut ids, mut keys) = (HashSet::new(), Vec::<Key>::new());
+        for (id, made) in self.0.made.borrow().iter() {
+            if made.renew_at.get().is_none_or(|at| at > now) {
+                continue;
+            }
+            made.renew_at.set(None);
+            ids.insert(*id);
+            if made.proof.is_used() && made.key.source == *credentials.id() && !keys.contains(&made.key) {
+                keys.push(made.key.clone());
+            }
+        }
+        if ids.is_empty() {
+            return;
+        }
+        self.0.pool.retire(|_, id| ids.contains(&id));
+        for key in keys {
+            self.0.pool.renew(&key, || self.clone().make(key.clone(), credentials.clone()));
+        }
+    }
+
+    /// The connections of a tunnel go on with newer certificates: those are to be renewed in time as well.
+    pub(crate) fn renewed(&self, proof: &Rc<Proof>, credentials: &Credentials) {
+        let at = renewal(SystemTime::now(), credentials.not_after().min(proof.not_after()));
+        for made in self.0.made.borrow().values().filter(|made| Rc::ptr_eq(&made.proof, proof)) {
+            made.renew_at.set(Some(at));
+        }
+    }
+
+    /// Makes a tunnel to a peer that proves to be the right one.
+    async fn make(self, key: Key, credentials: Arc<Credentials>) -> Result<Connected, Failure> {
+        let shared = &self.0.shared;
+        let socket = self.0.sockets.connect(key.destination, key.source_address).await?;
+        let Begun { tunnel, driver, until, peer } = over(shared, socket, &credentials, &key.expected).await?;
+        let proved = self.prove(&key, &credentials, &peer);
+        let renew_at = renewal(SystemTime::now(), credentials.not_after().min(peer.not_after));
+        let made = Made { key: key.clone(), proof: proved.proof().clone(), renew_at: Cell::new(Some(renew_at)) };
+        let id = tunnel.id();
+        self.0.made.borrow_mut().insert(id, made);
+        // It watches for the renewal of the soonest.
+        self.0.live.look_again();
+        let tunnels = Rc::downgrade(&self.0);
+        let driver = Box::pin(async move {
+            let ended = driver.await;
+            drop(proved);
+            if let Some(tunnels) = tunnels.upgrade() {
+                tunnels.made.borrow_mut().remove(&id);
+            }
+            match ended {
+                Ended::Closed => tracing::debug!(peer = %key.destination, "tunnel closed"),
+                ended => tracing::debug!(peer = %key.destination, error = %Chain(&ended), "tunnel ended"),
+            }
+        });
+        Ok(Connected { tunnel, driver, until: Some(until) })
+    }
+
+    /// Notes what a handshake has proved.
+    pub(crate) fn prove(&self, key: &Key, credentials: &Credentials, peer: &Peer) -> Proved {
+        let address = key.destination.ip();
+        self.0.newest.put(Reporter::Source, address, peer);
+        self.0.live.prove(Reporter::Source, credentials.id().clone(), peer.clone(), address)
     }
 }
 
-/// Makes a tunnel to a peer that proves to be the right one.
-async fn make(
-    shared: Arc<Shared>,
-    sockets: Sockets,
-    key: Key,
-    credentials: Arc<Credentials>,
-) -> Result<Connected, Failure> {
-    let socket = sockets.connect(key.destination, key.source_address).await?;
-    let (tunnel, driver, until) = over(&shared, socket, &credentials, &key.expected).await?;
-    let driver = Box::pin(async move {
-        let ended = driver.await;
-        match ended {
-            Ended::Closed => tracing::debug!(peer = %key.destination, "tunnel closed"),
-            ended => tracing::debug!(peer = %key.destination, error = %Chain(&ended), "tunnel ended"),
-        }
-    });
-    Ok(Connected { tunnel, driver, until: Some(until) })
+/// When a tunnel that begins `now` is to be renewed: a tenth of its time before its certificates end, which is late enough for
+/// newer ones to be there.
+fn renewal(now: SystemTime, not_after: SystemTime) -> SystemTime {
+    const AHEAD: Duration = Duration::from_secs(60);
+    not_after - (not_after.duration_since(now).unwrap_or_default() / 10).min(AHEAD)
 }
 
-/// Begins a tunnel on a connection: TLS, then HTTP/2. It may be used until one of its certificates expires.
+/// A tunnel that has begun.
+pub(crate) struct Begun<D> {
+    pub(crate) tunnel: Tunnel,
+    pub(crate) driver: D,
+    /// It may be used until one of its certificates expires.
+    pub(crate) until: Instant,
+    pub(crate) peer: Peer,
+}
+
+/// Begins a tunnel on a connection: TLS, then HTTP/2.
 pub(crate) async fn over<IO>(
     shared: &Shared,
     io: IO,
     credentials: &Credentials,
     expected: &ExpectedPeers,
-) -> Result<(Tunnel, impl Future<Output = Ended> + use<IO>, Instant), Failure>
+) -> Result<Begun<impl Future<Output = Ended> + use<IO>>, Failure>
 where
     IO: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
@@ -104,25 +217,38 @@ where
         Ok(Ok(connected)) => connected,
         Ok(Err(error)) => {
             shared.metrics.handshake_failed(Reporter::Source, error.label());
+            if error.label() == REVOKED {
+                shared.metrics.revoked(Reporter::Source);
+            }
             return Err(tls_failure(&error, expected));
         }
         Err(_) => {
             shared.metrics.handshake_failed(Reporter::Source, "timeout");
             let why =
                 format!("the TLS handshake with {expected} was not finished in {:?}", shared.config.handshake_timeout);
-            return Err(Failure::new(Flag::TlsFailure, why));
+            return Err(Failure::new(Flag::TlsFailure, why).on_this_way());
         }
     };
     shared.metrics.handshake(Reporter::Source, started.elapsed().as_secs_f64());
     let until = instant(credentials.not_after().min(peer.not_after));
     let (tunnel, driver) = Tunnel::connect(stream, &shared.config.tunnel)
         .await
-        .map_err(|ended| Failure::new(Flag::H2HandshakeFailure, Chain(&ended)))?;
-    Ok((tunnel, driver, until))
+        .map_err(|ended| Failure::new(Flag::H2HandshakeFailure, Chain(&ended)).on_this_way())?;
+    Ok(Begun { tunnel, driver, until, peer })
 }
 
+/// What the check is called that a revoked certificate fails.
+pub(crate) const REVOKED: &str = "revoked";
+
 fn tls_failure(error: &tls::Error, expected: &ExpectedPeers) -> Failure {
-    Failure::new(Flag::TlsFailure, format_args!("TLS handshake with {expected}: {}", Chain(error)))
+    let flag = if error.label() == REVOKED { Flag::CertRevoked } else { Flag::TlsFailure };
+    Failure::new(flag, format_args!("TLS handshake with {expected}: {}", Chain(error))).on_this_way()
+}
+
+/// Whether the peer has refused our certificate: it would do so again.
+fn is_tls(error: &OpenError) -> bool {
+    let OpenError::Ended(Ended::Io(io)) = error else { return false };
+    !matches!(tls::Error::from_io(std::io::Error::new(io.kind(), io.clone())), tls::Error::Io(_))
 }
 
 /// What an answer that is no means; a refusal of our certificate is heard only here (TLS 1.3).
@@ -151,7 +277,12 @@ pub(crate) fn open_failure(error: OpenError, expected: &ExpectedPeers) -> Failur
     if let OpenError::Refused(StatusCode::SERVICE_UNAVAILABLE) = error {
         failure.kind = std::io::ErrorKind::HostUnreachable;
     }
-    failure
+    match error {
+        // A policy says the same everywhere, and what was malformed once stays so.
+        OpenError::Refused(status) if status != StatusCode::SERVICE_UNAVAILABLE => failure,
+        OpenError::Invalid => failure,
+        _ => failure.on_this_way(),
+    }
 }
 
 /// The monotonic time that a point of the calendar is now.

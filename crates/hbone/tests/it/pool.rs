@@ -414,7 +414,7 @@ fn what_is_retired_keeps_its_streams_and_gets_no_more() {
     run(async {
         let world = World::with_streams(200);
         let (stream, _other) = (world.open("a").await.unwrap(), world.open("b").await.unwrap());
-        world.pool.retire(|key| *key == "a");
+        world.pool.retire(|key, _| *key == "a");
         assert_eq!(world.tunnels(), 1);
         let stream = lives(stream, &world, 0).await;
         let _next = world.open("a").await.unwrap();

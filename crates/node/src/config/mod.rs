@@ -115,6 +115,13 @@ pub enum Compliance {
     Pqc,
 }
 
+/// Certificates of which no current revocation list says anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnknownStatus {
+    Deny,
+    Allow,
+}
+
 /// Original source addresses: keep them?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OriginalSource {
@@ -184,8 +191,13 @@ pub struct Config {
     pub ca: Option<Server>,
     pub token: Option<Token>,
     pub secret_ttl: Duration,
+    /// How long the series of a workload that is gone are kept.
+    pub series_grace: Duration,
     pub tls12: bool,
     pub compliance: Compliance,
+    /// Revocation lists.
+    pub crl_path: Option<PathBuf>,
+    pub crl_unknown: UnknownStatus,
     pub join_token: Option<Token>,
     pub state_dir: PathBuf,
     pub ipv6: bool,
@@ -256,8 +268,11 @@ impl Config {
             identity,
             token: token(v),
             secret_ttl: value::duration(v, &opt::SECRET_TTL, Duration::from_secs(24 * 3600))?,
+            series_grace: value::duration(v, &opt::ZSPIRE_SERIES_GRACE, Duration::from_secs(300))?,
             tls12: value::flag(v, &opt::TLS12_ENABLED, false)?,
             compliance: compliance(v)?,
+            crl_path: v.get(&opt::CRL_PATH).map(Into::into),
+            crl_unknown: unknown_status(v)?,
             join_token: v.get(&opt::ZSPIRE_JOIN_TOKEN).map(file_or_literal),
             state_dir: text(v, &opt::ZSPIRE_STATE_DIR, "./var/lib/zspire").into(),
             ipv6: value::flag(v, &opt::IPV6_ENABLED, true)?,
@@ -499,6 +514,14 @@ fn token(v: &Values) -> Option<Token> {
 /// A path looks like one; everything else is the token itself. Tokens hold no slash: JWTs are base64url.
 fn file_or_literal(given: &str) -> Token {
     if given.contains('/') { Token::File(given.into()) } else { Token::Literal(given.trim().to_owned()) }
+}
+
+fn unknown_status(v: &Values) -> Result<UnknownStatus, Error> {
+    match v.get(&opt::CRL_UNKNOWN_STATUS) {
+        None | Some("deny") => Ok(UnknownStatus::Deny),
+        Some("allow") => Ok(UnknownStatus::Allow),
+        Some(other) => Err(value::error(&opt::CRL_UNKNOWN_STATUS, other, "expected deny or allow")),
+    }
 }
 
 fn compliance(v: &Values) -> Result<Compliance, Error> {

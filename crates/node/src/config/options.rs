@@ -72,6 +72,8 @@ table! {
         AUTH_TOKEN = "./var/run/secrets/tokens/istio-token if it exists": "Bearer token for CA and discovery: a file, re-read for every call, or the token itself.";
         FAKE_CA = "false": "The same as `IDENTITY_SOURCE=local`; refused inside Kubernetes.";
         SECRET_TTL = "24h": "Lifetime to ask for.";
+        CRL_PATH = "": "File of certificate revocation lists (PEM or DER, watched): peers that one of them names are refused, and their live connections cut.";
+        CRL_UNKNOWN_STATUS = "deny": "What to do with a certificate of which no current list says anything: `deny` or `allow`.";
         TLS12_ENABLED = "false": "Allow TLS 1.2 with ECDHE and AES-GCM between proxies.";
         COMPLIANCE_POLICY = "": "`pqc`: nothing but X25519MLKEM768 for key exchange.";
         ZSPIRE_JOIN_TOKEN = "": "Token by which this node joins a zspire control plane: a file or the token itself; used once, then the certificate in ZSPIRE_STATE_DIR serves.";
@@ -108,7 +110,8 @@ table! {
         ZSPIRE_STATS_PORT = "15020": "Metrics port; the mesh file's `statsPort` comes before the default.";
         ZSPIRE_READINESS_PORT = "15021": "Readiness port.";
     }
-    "Logging" {
+    "Logging and metrics" {
+        ZSPIRE_SERIES_GRACE = "5m": "How long the metrics of a workload are shown, at least, after it is gone and its last connection has ended.";
         RUST_LOG = "info": "Log levels: `info`, or `target=level,…`.";
         LOG_FORMAT = "plain": "`plain` or `json`.";
     }

@@ -117,3 +117,21 @@ fn authorization_is_asked_again_only_when_its_answer_may_have_changed() {
     assert!(authorization.has_changed().unwrap());
     authorization.mark_unchanged();
 }
+
+#[test]
+fn a_pod_is_told_when_its_workload_becomes_somebody_else() {
+    let (source, mesh) = mesh(None);
+    let mut local = mesh.follow(&name("web-1"));
+    mesh.apply([Change::PutWorkload(workload("web-1", "web", "n"))]);
+    let foreign = Arc::new(Workload {
+        trust_domain: "other.example".parse().unwrap(),
+        ..Workload::clone(&workload("web-1", "web", "n"))
+    });
+    mesh.apply([Change::PutWorkload(foreign)]);
+    let identity = |local: &Known| local.here().and_then(|local| local.workload.identity());
+    assert_eq!(identity(&local.borrow_and_update()).unwrap().trust_domain().as_str(), "other.example");
+    let asked = source.asked.lock().unwrap().clone();
+    assert_eq!(asked.last().unwrap(), "watch spiffe://other.example/ns/shop/sa/web WarmUp");
+    mesh.apply([Change::PutWorkload(workload("web-1", "admin", "n"))]);
+    assert!(local.borrow_and_update().here().is_none(), "another service account");
+}
