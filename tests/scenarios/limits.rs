@@ -97,3 +97,34 @@ fn application_that_does_not_read_stops_its_client_and_nobody_else() {
         assert_eq!(received, sent as u64);
     });
 }
+
+/// Standard output is a pipe that nobody reads: lines are lost, and nobody waits for that.
+#[test]
+fn log_that_nobody_reads_stops_nothing() {
+    scenario(|| {
+        let mesh = mesh().node("a").pod("client").node("b").pod(captured("server").not_started()).start();
+        let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+        let _app = server.greet();
+        let mut proxy = server.proxy_command();
+        proxy.env("RUST_LOG", "trace");
+        let mut proxy = mesh.process_unread("unread", proxy);
+        until("the proxy to be ready", || server.readiness());
+        until("lines to be lost", || {
+            let began = Instant::now();
+            for _ in 0..50 {
+                client.reaches(server.app());
+            }
+            assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+            let page = server.metrics();
+            let lost = page.lines().find_map(|line| line.strip_prefix("zspire_log_lines_dropped_total "));
+            match lost.and_then(|lost| lost.parse::<u64>().ok()) {
+                Some(lost) if lost > 0 => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        });
+        client.reaches(server.app());
+        // It can also be stopped.
+        proxy.terminate();
+        assert_eq!(proxy.ended().code(), Some(0));
+    });
+}

@@ -7,17 +7,20 @@
 
 mod closing;
 mod control;
+mod cutting;
 mod drain;
 mod limits;
 mod paths;
 mod peers;
 mod policy;
 mod ports;
+mod retrying;
 mod settings;
 mod socks5;
 mod starting;
 mod surviving;
 mod telling;
+mod waypoints;
 mod wire;
 mod zds;
 

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use zspire_testkit::plan::captured;
-use zspire_testkit::policy::deny_from;
+use zspire_testkit::policy::{allow_address, deny_from};
 use zspire_testkit::{Mesh, Peer, Pod, mesh, uncaptured};
 
 use crate::scenario;
@@ -140,5 +140,68 @@ fn peer_that_says_nothing_is_not_waited_for() {
         let took = started.elapsed();
         assert!((Duration::from_secs(9)..Duration::from_secs(20)).contains(&took), "{took:?}");
         server.refusal("inbound", "not finished in 10s");
+    });
+}
+
+/// What a peer says of the connection decides nothing, and is believed nowhere.
+#[test]
+fn forged_headers_are_of_no_use() {
+    scenario(|| {
+        let mesh = mesh().node("a").pod(uncaptured("stranger")).pod("friend").node("b").pod("server").start();
+        let (server, stranger, friend) = (mesh.pod("server"), mesh.pod("stranger"), mesh.pod("friend"));
+        let _app = server.greet();
+        mesh.edit(|plan| plan.add_policy(allow_address(friend.address())));
+        zspire_testkit::until("the policy to be in force", || match stranger.ask(server.app()) {
+            Ok(greeting) => Err(greeting.from),
+            Err(_) => Ok(()),
+        });
+        friend.reaches(server.app());
+        let peer = Peer::new(&mesh, &stranger, "spiffe://cluster.local/ns/test/sa/intruder");
+        let source = format!("for=\"{}:4711\";host=api.test.svc.cluster.local", friend.address());
+        let forged = [
+            ("forwarded", source.as_str()),
+            (
+                "baggage",
+                "k8s.cluster.name=Kubernetes,k8s.namespace.name=test,k8s.deployment.name=friend,service.name=friend",
+            ),
+            ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+            ("x-forwarded-for", "127.0.0.1"),
+        ];
+        let target = server.app().to_string();
+        assert_eq!(peer.tunnel(&server).unwrap().connect_with(&target, &forged).unwrap(), 401);
+        let line =
+            server.access("inbound", |line| line["src.identity"].as_str().is_some_and(|it| it.contains("intruder")));
+        assert_eq!(line["src.addr"].as_str().unwrap().split(':').next(), Some(&*stranger.address().to_string()));
+        assert!(line["src.workload"].is_null(), "its address is another workload's, which is not who it is: {line}");
+        let page = server.metrics();
+        let told = page.lines().filter(|line| line.contains("sa/intruder"));
+        assert!(told.clone().count() > 0);
+        for line in told {
+            assert!(line.contains("source_workload=\"unknown\"") && !line.contains("friend"), "{line}");
+        }
+        // What does not parse is no reason to fail, and what is too much of it no reason to go on.
+        let garbage = [("forwarded", "for=for=;;"), ("baggage", "====,,,\u{e9}"), ("traceparent", &*"0".repeat(55))];
+        assert_eq!(peer.tunnel(&server).unwrap().connect_with(&target, &garbage).unwrap(), 401);
+    });
+}
+
+/// One that stalls in handshakes has a share of them, and others are served meanwhile.
+#[test]
+fn peer_that_stalls_in_many_handshakes_keeps_nobody_out() {
+    scenario(|| {
+        let mesh = mesh().node("a").pod(uncaptured("stranger")).pod("client").node("b").pod("server").start();
+        let (client, server, stranger) = (mesh.pod("client"), mesh.pod("server"), mesh.pod("stranger"));
+        let _app = server.greet();
+        let silent: Vec<_> = (0..1200).filter_map(|_| stranger.connect(server.at(15008)).ok()).collect();
+        assert!(silent.len() > 600, "{}", silent.len());
+        let began = Instant::now();
+        client.reaches(server.app());
+        assert!(
+            began.elapsed() < Duration::from_secs(8),
+            "it was served before the silent ones gave way: {:?}",
+            began.elapsed()
+        );
+        server.refusal("inbound", "too many TLS handshakes are under way from this address");
+        server.metric(&["zspire_early_denials_total", "reason=\"handshakes\""]);
     });
 }

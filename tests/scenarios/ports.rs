@@ -34,13 +34,19 @@ fn own_ports_are_refused_from_inside_and_outside() {
             .start();
         let (client, stranger, server) = (mesh.pod("client"), mesh.pod("stranger"), mesh.pod("server"));
         let _app = server.greet();
-        for port in [15001, 15006, 15008, 15080] {
+        for port in [15001, 15006, 15008, 15053, 15080] {
             comes_to_nothing(&stranger, server.at(port));
             comes_to_nothing(&client, server.at(port));
             comes_to_nothing(&server, server.at(port));
             comes_to_nothing(&server, SocketAddr::from(([127, 0, 0, 1], port)));
         }
         server.refusal("inbound", "port 15001 belongs to the proxy itself");
+        server.refusal("inbound", "port 15053 belongs to the proxy itself");
+        server.refusal("outbound", "belongs to the proxy itself");
+        for direction in ["source", "destination"] {
+            let reporter = format!("reporter=\"{direction}\"");
+            server.metric(&["zspire_early_denials_total", &reporter, "reason=\"own_port\""]);
+        }
         // A loop would be a chain of connections, each with a place in the table.
         for pod in [&client, &server] {
             until("nothing to be open", || {
@@ -84,5 +90,33 @@ fn application_may_use_any_other_port() {
             say(&asking, "hello");
             zspire_testkit::hear(&served, "hello");
         }
+    });
+}
+
+#[test]
+fn source_that_is_not_the_pods_own_is_refused() {
+    scenario(|| {
+        let mesh = mesh()
+            .node("a")
+            .pod("client")
+            .node("b")
+            .pod("server")
+            .pod(uncaptured("outsider"))
+            .policy(zspire_testkit::policy::allow_address([10, 99, 0, 1].into()))
+            .start();
+        let (client, server, outsider) = (mesh.pod("client"), mesh.pod("server"), mesh.pod("outsider"));
+        let (app, elsewhere) = (server.listen(), outsider.listen());
+        // Whoever is root in a pod can give it any address.
+        let given = client.command("ip", &["address", "add", "10.99.0.1/32", "dev", "lo"]).status().unwrap();
+        assert!(given.success());
+        for to in [server.app(), outsider.app()] {
+            let refused = client.open_from([10, 99, 0, 1].into(), to);
+            // The connection is open as soon as the proxy has it, which is not far.
+            let end = refused.and_then(|mut socket| std::io::Read::read(&mut socket, &mut [0]));
+            assert!(end.is_err(), "{end:?}");
+        }
+        client.refusal("outbound", "10.99.0.1 is not an address of workload");
+        client.metric(&["zspire_early_denials_total", "reporter=\"source\"", "reason=\"foreign_source\""]);
+        assert!(app.is_idle() && elsewhere.is_idle());
     });
 }

@@ -5,7 +5,7 @@ use std::process::Output;
 use serde_json::Value;
 use zspire_testkit::plan::captured;
 use zspire_testkit::policy::{allow_from, deny_from};
-use zspire_testkit::{Mesh, hear, mesh, say};
+use zspire_testkit::{Mesh, hear, mesh, say, uncaptured, until};
 
 use crate::scenario;
 
@@ -154,5 +154,145 @@ fn no_key_or_token_of_a_control_plane_is_shown() {
         assert!(token.trim().len() > 20, "{token}");
         assert!(!all.contains(token.trim()), "the join token is shown");
         assert!(!all.contains("PRIVATE KEY"), "a key is shown");
+    });
+}
+
+/// Every metric of a page with the names of its labels, in order; comments and values left out.
+fn shapes(page: &str) -> std::collections::BTreeSet<String> {
+    let shape = |line: &str| {
+        let (name, rest) = line.split_at(line.find(['{', ' '])?);
+        let labels = rest.strip_prefix('{').and_then(|rest| rest.split_once("\"} ")).map_or("", |(labels, _)| labels);
+        let names = labels.split("\",").filter_map(|pair| pair.split_once('=')).map(|(name, _)| name);
+        Some(format!("{name} {}", names.collect::<Vec<_>>().join(",")).trim_end().to_owned())
+    };
+    page.lines().filter(|line| !line.starts_with('#')).filter_map(shape).collect()
+}
+
+const TCP: &str = "reporter,source_workload,source_canonical_service,source_canonical_revision,source_workload_namespace,\
+    source_principal,source_app,source_version,source_cluster,destination_service,destination_service_namespace,\
+    destination_service_name,destination_workload,destination_canonical_service,destination_canonical_revision,\
+    destination_workload_namespace,destination_principal,destination_app,destination_version,destination_cluster,\
+    request_protocol,response_flags,connection_security_policy,source_region,source_zone,destination_region,\
+    destination_zone";
+
+/// All names and label sets after some of everything: what is upstream's has upstream's, and nothing comes or goes unnoticed.
+#[test]
+fn metrics_have_these_names_and_labels() {
+    scenario(|| {
+        let mesh = mesh()
+            .node("a")
+            .pod("client")
+            .pod(uncaptured("stranger"))
+            .node("b")
+            .pod("server")
+            .pod("bad")
+            .service("api", &["server", "bad"])
+            .policy(deny_from("stranger"))
+            .start();
+        let (client, server, stranger) = (mesh.pod("client"), mesh.pod("server"), mesh.pod("stranger"));
+        let greeter = server.greet();
+        for _ in 0..20 {
+            client.reaches(mesh.service("api"));
+        }
+        client.is_refused(server.at(8081));
+        stranger.reaches(server.app());
+        let live = client.open(server.app());
+        zspire_testkit::app::greeting(&live).unwrap();
+        mesh.edit(|plan| plan.add_policy(deny_from("client")));
+        client.metric(&["istio_tcp_connections_closed_total", "destination_workload=\"server\""]);
+        server.metric(&["zspire_connections_cut_total"]);
+        drop((live, greeter));
+        let _ = stranger
+            .connect(server.at(15008))
+            .map(|mut socket| std::io::Write::write_all(&mut socket, b"GET / HTTP/1.1\r\n\r\n"));
+        server.metric(&["zspire_tls_handshake_failures_total"]);
+        let both: std::collections::BTreeSet<String> =
+            shapes(&client.metrics()).into_iter().chain(shapes(&server.metrics())).collect();
+        let tcp = ["opened", "closed", "failed"].map(|what| format!("istio_tcp_connections_{what}_total {TCP}"));
+        let bytes = ["sent", "received"].map(|what| format!("istio_tcp_{what}_bytes_total {TCP}"));
+        let expected: std::collections::BTreeSet<String> =
+            tcp.into_iter().chain(bytes).chain(OTHERS.iter().map(|&other| other.to_owned())).collect();
+        let missing: Vec<_> = expected.difference(&both).collect();
+        let unknown: Vec<_> = both.difference(&expected).collect();
+        assert!(missing.is_empty() && unknown.is_empty(), "missing: {missing:#?}\nnot in the list: {unknown:#?}");
+    });
+}
+
+/// Besides those of connections. Upstream's have no `zspire_` before them.
+const OTHERS: &[&str] = &[
+    "istio_build component,tag",
+    "istio_crl_policy_rejections_total reporter",
+    "istio_crl_untracked_connections_total reporter",
+    "istio_tcp_sockets_open reporter",
+    "process_max_fds",
+    "process_open_fds",
+    "tokio_global_queue_depth",
+    "tokio_num_alive_tasks",
+    "tokio_num_workers",
+    "tokio_worker_park_count_total worker",
+    "tokio_worker_park_unpark_count_total worker",
+    "tokio_worker_total_busy_duration_seconds_total worker",
+    "workload_manager_active_proxy_count",
+    "workload_manager_pending_proxy_count",
+    "workload_manager_proxies_started_total",
+    "workload_manager_proxies_stopped_total",
+    "zspire_certificate_expiry_timestamp_seconds identity",
+    "zspire_certificate_prefetches_turned_away_total",
+    "zspire_certificate_requests_in_flight",
+    "zspire_certificates_issued_total",
+    "zspire_certificates_queued",
+    "zspire_connections_cut_total reporter,reason",
+    "zspire_early_denials_total reporter,reason",
+    "zspire_log_lines_dropped_total",
+    "zspire_pods_refused_total",
+    "zspire_tls_handshake_failures_total reporter,reason",
+    "zspire_tls_handshake_seconds_bucket le,reporter",
+    "zspire_tls_handshake_seconds_count reporter",
+    "zspire_tls_handshake_seconds_sum reporter",
+    "zspire_tunnel_waits_total",
+    "zspire_tunnels",
+    "zspire_tunnels_awaited",
+    "zspire_upstream_retries_total reason",
+];
+
+/// The series of a workload that is gone go too, but not while it has connections.
+#[test]
+fn series_of_a_workload_that_is_gone_are_dropped() {
+    scenario(|| {
+        let mesh = mesh()
+            .node("a")
+            .pod(uncaptured("client"))
+            .pod(uncaptured("other"))
+            .node("b")
+            .pod(captured("server").with("ZSPIRE_SERIES_GRACE", "500ms"))
+            .start();
+        let (client, other, server) = (mesh.pod("client"), mesh.pod("other"), mesh.pod("server"));
+        let _app = server.greet();
+        client.reaches(server.app());
+        other.reaches(server.app());
+        let held = client.open(server.app());
+        zspire_testkit::app::greeting(&held).unwrap();
+        for name in ["client", "other"] {
+            server.metric(&["istio_tcp_connections_opened_total", &format!("source_workload=\"{name}\"")]);
+        }
+        mesh.edit(|plan| plan.forget("other"));
+        let gone = |name: &str| {
+            let of_it = format!("source_workload=\"{name}\"");
+            until("its series to be gone", || match server.metrics().lines().find(|line| line.contains(&of_it)) {
+                None => Ok(()),
+                Some(line) => Err(line.to_owned()),
+            });
+        };
+        gone("other");
+        server.metric(&["istio_tcp_connections_opened_total", "source_workload=\"client\""]);
+        mesh.edit(|plan| plan.forget("client"));
+        // It still has a connection when the other's series would be long gone.
+        until("the news to have been used", || match server.dump()["workloads"].as_array().map(Vec::len) {
+            Some(1) => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+        server.metric(&["istio_tcp_connections_opened_total", "source_workload=\"client\""]);
+        drop(held);
+        gone("client");
     });
 }

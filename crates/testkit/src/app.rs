@@ -127,6 +127,17 @@ pub(crate) fn connect(netns: &Netns, to: SocketAddr) -> io::Result<TcpStream> {
     netns.run(|| TcpStream::connect_timeout(&to, DEADLINE))?.map(patient)
 }
 
+/// The same from an address of the namespace.
+pub(crate) fn connect_from(netns: &Netns, from: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
+    let open = || {
+        let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
+        socket.bind(&SocketAddr::new(from, 0).into())?;
+        socket.connect_timeout(&to.into(), DEADLINE)?;
+        Ok(socket.into())
+    };
+    netns.run(open)?.map(patient)
+}
+
 fn patient(socket: TcpStream) -> TcpStream {
     let limit: Option<Duration> = Some(DEADLINE);
     socket.set_read_timeout(limit).and_then(|()| socket.set_write_timeout(limit)).expect("a socket option");

@@ -32,6 +32,7 @@ pub(crate) struct Host {
     pub(crate) netns: Netns,
     pub(crate) environment: BTreeMap<String, String>,
     pub(crate) descriptors: Option<u32>,
+    pub(crate) hosts: bool,
     pub(crate) world: Arc<World>,
     pub(crate) proxy: Mutex<Option<Process>>,
     pub(crate) agent: Mutex<Option<Process>>,
@@ -47,11 +48,19 @@ impl Host {
     /// The command that starts the proxy.
     pub(crate) fn proxy_command(&self) -> Command {
         let world = &self.world;
-        let mut command = match self.descriptors {
-            None => world.zspire(&["proxy"]),
-            Some(limit) => {
+        let mut command = match (self.descriptors, self.hosts) {
+            (None, false) => world.zspire(&["proxy"]),
+            (Some(limit), _) => {
                 let mut shell = Command::new("sh");
                 shell.args(["-c", &format!("ulimit -n {limit} && exec \"$0\" proxy")]).arg(&world.program);
+                world.surroundings(&mut shell);
+                shell
+            }
+            (None, true) => {
+                let mut shell = Command::new("unshare");
+                shell
+                    .args(["-m", "sh", "-c", "mount --bind hosts /etc/hosts && exec \"$0\" proxy"])
+                    .arg(&world.program);
                 world.surroundings(&mut shell);
                 shell
             }

@@ -12,6 +12,7 @@
 pub mod app;
 pub mod capture;
 pub mod discovery;
+pub mod gateway;
 mod host;
 pub mod mesh;
 pub mod peer;
@@ -19,12 +20,14 @@ pub mod plan;
 pub mod pod;
 pub mod policy;
 pub mod process;
+pub mod revocation;
 pub mod scenario;
 pub mod wait;
 pub mod zds;
 
 pub use app::{Ending, Listener, ending, hear, say};
 pub use discovery::Discovery;
+pub use gateway::Gateway;
 pub use mesh::Mesh;
 pub use peer::Peer;
 pub use plan::{captured, mesh, uncaptured};

@@ -74,6 +74,9 @@ impl Mesh {
         let mesh =
             Self { control_plane: Mutex::new(None), pods, plan: Mutex::new(plan), world, hosts, nodes, topology };
         mesh.edit(|_| {});
+        let host = |pod: &Pod| format!("{} {}.test\n", pod.address(), pod.name());
+        let hosts: String = mesh.pods.iter().map(host).collect();
+        fs::write(mesh.path("hosts"), hosts).expect("the test's own folder");
         if mesh.world.source == Source::ControlPlane {
             mesh.start_control_plane();
             mesh.issue_tokens();
@@ -217,6 +220,12 @@ impl Mesh {
         Process::start(name, self.world.folder.path(), command)
     }
 
+    /// The same, and nobody reads what it writes.
+    #[track_caller]
+    pub fn process_unread(&self, name: &str, command: Command) -> Process {
+        Process::start_unread(name, self.world.folder.path(), command)
+    }
+
     /// Starts the control plane, also again; returns when it answers.
     pub fn start_control_plane(&self) {
         let process = Process::start("control-plane", self.world.folder.path(), self.control_plane_command(&[]));
@@ -269,6 +278,7 @@ fn pod_host(plan: &Plan, pod: &PodPlan, netns: &Netns, world: &Arc<World>) -> Ho
         netns: netns.clone(),
         environment: pod.environment.clone(),
         descriptors: pod.descriptors,
+        hosts: pod.hosts,
         world: world.clone(),
         proxy: Mutex::default(),
         agent: Mutex::default(),
@@ -290,6 +300,7 @@ fn node_host(plan: &Plan, node: usize, netns: &Netns, world: &Arc<World>) -> Hos
         netns: netns.clone(),
         environment,
         descriptors: pods().find_map(|pod| pod.descriptors),
+        hosts: false,
         world: world.clone(),
         proxy: Mutex::default(),
         agent: Mutex::default(),

@@ -16,11 +16,12 @@ use zspire_identity::{Bundles, Clock, Credentials, ExpectedPeers, SystemClock};
 use zspire_model::SpiffeId;
 use zspire_sys::netns::Netns;
 
+use crate::app::Ending;
 use crate::mesh::Mesh;
 use crate::pod::Pod;
 use crate::wait::DEADLINE;
 
-const LIFETIME: Duration = Duration::from_secs(3600);
+pub(crate) const LIFETIME: Duration = Duration::from_secs(3600);
 
 /// A foreign peer.
 #[derive(Debug)]
@@ -42,18 +43,14 @@ impl Peer {
     /// of another trust domain itself.
     #[track_caller]
     pub fn new(mesh: &Mesh, at: &Pod, id: &str) -> Self {
+        Self::for_a_while(mesh, at, id, LIFETIME)
+    }
+
+    /// The same with a certificate that expires after this time and is not renewed.
+    #[track_caller]
+    pub fn for_a_while(mesh: &Mesh, at: &Pod, id: &str, lifetime: Duration) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let directory = mesh.path("run").join("zspire");
-        let settings = local::Config { in_kubernetes: false, directory, ttl: LIFETIME, clock: clock.clone() };
-        let ca = LocalCa::open(settings).expect("the development CA of the mesh");
-        let id: SpiffeId = id.parse().expect("a SPIFFE id");
-        let mut svid = runtime.block_on(ca.issue(&id)).expect("the development CA issues what it is asked for");
-        let bundle = svid.bundles.get(id.trust_domain()).expect("its own").clone();
-        let domains = [id.trust_domain().clone(), "cluster.local".parse().expect("a trust domain")];
-        svid.bundles = Arc::new(domains.into_iter().map(|domain| (domain, bundle.clone())).collect::<Bundles>());
-        let policy = Policy::new(KeyExchange::PreferPostQuantum, false);
-        let credentials = Credentials::new(svid, &policy, &clock).expect("a certificate that can be used");
+        let credentials = credentials(mesh, &runtime, id, lifetime);
         Self { runtime, credentials, netns: at.netns().clone() }
     }
 
@@ -77,16 +74,83 @@ impl Peer {
     }
 }
 
-impl Tunnel<'_> {
-    /// Asks for a target by CONNECT; the status of the answer.
-    pub fn connect(&mut self, target: &str) -> Result<StatusCode, String> {
-        let request = Request::builder().method(Method::CONNECT).uri(target).body(()).expect("a request");
+/// A certificate of the development CA for an identity, with trust in the mesh as well as in its own trust domain.
+#[track_caller]
+pub(crate) fn credentials(mesh: &Mesh, runtime: &Runtime, id: &str, lifetime: Duration) -> Credentials {
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let directory = mesh.path("run").join("zspire");
+    let settings = local::Config { in_kubernetes: false, directory, ttl: lifetime, clock: clock.clone() };
+    let ca = LocalCa::open(settings).expect("the development CA of the mesh");
+    let id: SpiffeId = id.parse().expect("a SPIFFE id");
+    let mut svid = runtime.block_on(ca.issue(&id)).expect("the development CA issues what it is asked for");
+    let bundle = svid.bundles.get(id.trust_domain()).expect("its own").clone();
+    let domains = [id.trust_domain().clone(), "cluster.local".parse().expect("a trust domain")];
+    svid.bundles = Arc::new(domains.into_iter().map(|domain| (domain, bundle.clone())).collect::<Bundles>());
+    let policy = Policy::new(KeyExchange::PreferPostQuantum, false);
+    Credentials::new(svid, &policy, &clock).expect("a certificate that can be used")
+}
+
+/// A connection through a tunnel.
+#[derive(Debug)]
+pub struct Held<'a> {
+    peer: &'a Peer,
+    body: h2::RecvStream,
+    _send: h2::SendStream<bytes::Bytes>,
+}
+
+impl Held<'_> {
+    /// Waits until it ends, and says how: by a reset, or in good order.
+    pub fn ending(&mut self) -> Result<Ending, String> {
+        let body = &mut self.body;
+        let ended = async {
+            loop {
+                match body.data().await {
+                    Some(Ok(bytes)) => drop(body.flow_control().release_capacity(bytes.len())),
+                    Some(Err(error)) if error.is_reset() => return Ok(Ending::Reset),
+                    Some(Err(error)) => return Err(chain(&error)),
+                    None => return Ok(Ending::Orderly),
+                }
+            }
+        };
+        in_time(&self.peer.runtime, ended)
+    }
+}
+
+impl<'a> Tunnel<'a> {
+    /// Asks for a target with headers of its own making; the status of the answer.
+    pub fn connect_with(&mut self, target: &str, headers: &[(&'static str, &str)]) -> Result<StatusCode, String> {
+        let mut request = Request::builder().method(Method::CONNECT).uri(target);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(()).expect("a request");
         let requests = &mut self.requests;
         let answered = async {
             let (response, _body) = requests.send_request(request, false).map_err(|error| chain(&error))?;
             response.await.map(|response| response.status()).map_err(|error| chain(&error))
         };
         in_time(&self.peer.runtime, answered)
+    }
+
+    /// Opens a connection to a target and keeps it.
+    pub fn open(&mut self, target: &str) -> Result<Held<'a>, String> {
+        let request = Request::builder().method(Method::CONNECT).uri(target).body(()).expect("a request");
+        let requests = &mut self.requests;
+        let opened = async {
+            let (response, send) = requests.send_request(request, false).map_err(|error| chain(&error))?;
+            let response = response.await.map_err(|error| chain(&error))?;
+            match response.status() {
+                StatusCode::OK => Ok((response.into_body(), send)),
+                other => Err(other.to_string()),
+            }
+        };
+        let (body, send) = in_time(&self.peer.runtime, opened)?;
+        Ok(Held { peer: self.peer, body, _send: send })
+    }
+
+    /// Asks for a target by CONNECT; the status of the answer.
+    pub fn connect(&mut self, target: &str) -> Result<StatusCode, String> {
+        self.connect_with(target, &[])
     }
 }
 

@@ -61,7 +61,14 @@ pub struct PodPlan {
     pub(crate) trust_domain: String,
     pub(crate) environment: BTreeMap<String, String>,
     pub(crate) descriptors: Option<u32>,
-    pub(crate) tunnel_port: Option<u16>,
+    pub(crate) hosts: bool,
+    pub(crate) tunnel: Option<(&'static str, u16)>,
+    pub(crate) selected_by: Vec<String>,
+    pub(crate) network: String,
+    pub(crate) gateway: Option<Reference>,
+    pub(crate) native_tunnel: bool,
+    pub(crate) waypoint: Option<String>,
+    pub(crate) hostname: Option<String>,
 }
 
 /// A service that is asked for.
@@ -70,7 +77,22 @@ pub struct ServicePlan {
     pub(crate) name: String,
     pub(crate) vip: Ipv4Addr,
     pub(crate) endpoints: Vec<String>,
-    pub(crate) waypoint: Option<String>,
+    pub(crate) waypoint: Option<Reference>,
+    pub(crate) port: u16,
+    pub(crate) target: Option<u16>,
+    pub(crate) own_targets: BTreeMap<String, u16>,
+    pub(crate) network: String,
+}
+
+/// How a waypoint or gateway is named.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reference {
+    /// By the address of a pod.
+    Address(String),
+    /// By the hostname of a service.
+    Service(String),
+    /// By the hostname of a pod that has no address in the mesh.
+    Hostname(String),
 }
 
 /// An empty mesh. Tests of a module called `shared` have one proxy on each node, others one in each pod.
@@ -99,7 +121,14 @@ pub fn captured(name: &str) -> PodPlan {
         trust_domain: "cluster.local".into(),
         environment: BTreeMap::new(),
         descriptors: None,
-        tunnel_port: None,
+        hosts: false,
+        tunnel: None,
+        selected_by: Vec::new(),
+        network: String::new(),
+        gateway: None,
+        native_tunnel: false,
+        waypoint: None,
+        hostname: None,
     }
 }
 
@@ -147,10 +176,46 @@ impl PodPlan {
         Self { descriptors: Some(limit), ..self }
     }
 
+    /// Its proxy resolves `<pod>.test` to the addresses of pods.
+    #[must_use]
+    pub fn resolving_pods(self) -> Self {
+        Self { hosts: true, ..self }
+    }
+
     /// Its application takes tunnels' connections itself, at this port: by the PROXY protocol.
     #[must_use]
     pub fn taking_tunnels(self, port: u16) -> Self {
-        Self { tunnel_port: Some(port), ..self }
+        Self { tunnel: Some(("PROXY", port)), ..self }
+    }
+
+    /// The same, and it gets the bytes alone.
+    #[must_use]
+    pub fn taking_bare_tunnels(self, port: u16) -> Self {
+        Self { tunnel: Some(("NONE", port)), ..self }
+    }
+
+    /// Takes tunnels itself, without a proxy.
+    #[must_use]
+    pub fn taking_tunnels_itself(self) -> Self {
+        Self { native_tunnel: true, ..self }
+    }
+
+    /// Is in another network than the others, which has this gateway.
+    #[must_use]
+    pub fn in_network(self, network: &str, gateway: Reference) -> Self {
+        Self { network: network.into(), gateway: Some(gateway), ..self }
+    }
+
+    /// Connections to its own addresses pass through this pod.
+    #[must_use]
+    pub fn behind_waypoint(self, waypoint: &str) -> Self {
+        Self { waypoint: Some(waypoint.into()), ..self }
+    }
+
+    /// The mesh knows it by a hostname instead of addresses.
+    #[must_use]
+    pub fn known_by_hostname(self, hostname: &str) -> Self {
+        Self { hostname: Some(hostname.into()), ..self }
     }
 
     /// The identity that its proxy has.
@@ -158,7 +223,7 @@ impl PodPlan {
         format!("spiffe://{}/ns/{NAMESPACE}/sa/{}", self.trust_domain, self.name)
     }
 
-    fn entry(&self, node: &str, addresses: &[IpAddr], services: &Value) -> Value {
+    fn entry(&self, node: &str, addresses: &[IpAddr], services: &Value, address: impl Fn(&str) -> IpAddr) -> Value {
         let mut entry = json!({
             "uid": format!("Kubernetes//Pod/{NAMESPACE}/{}", self.name),
             "name": self.name,
@@ -169,12 +234,29 @@ impl PodPlan {
             "canonicalName": self.name,
             "clusterId": "Kubernetes",
             "node": node,
-            "protocol": if self.captured { "HBONE" } else { "TCP" },
+            "protocol": if self.captured || self.native_tunnel { "HBONE" } else { "TCP" },
             "workloadIps": addresses,
             "services": services,
         });
-        if let Some(port) = self.tunnel_port {
-            entry["applicationTunnel"] = json!({ "protocol": "PROXY", "port": port });
+        if let Some((protocol, port)) = self.tunnel {
+            entry["applicationTunnel"] = json!({ "protocol": protocol, "port": port });
+        }
+        if !self.selected_by.is_empty() {
+            entry["authorizationPolicies"] = json!(self.selected_by);
+        }
+        if !self.network.is_empty() {
+            entry["network"] = json!(self.network);
+        }
+        if let Some(gateway) = &self.gateway {
+            // The gateway itself is in the network of the others.
+            entry["networkGateway"] = gateway.entry(&address);
+        }
+        if let Some(waypoint) = &self.waypoint {
+            entry["waypoint"] = Reference::Address(waypoint.clone()).entry(&address);
+        }
+        if let Some(hostname) = &self.hostname {
+            entry["workloadIps"] = json!([]);
+            entry["hostname"] = json!(hostname);
         }
         entry
     }
@@ -182,7 +264,7 @@ impl PodPlan {
 
 impl ServicePlan {
     fn hostname(&self) -> String {
-        format!("{}.{NAMESPACE}.svc.cluster.local", self.name)
+        hostname(&self.name)
     }
 
     fn entry(&self, address: impl Fn(&str) -> IpAddr) -> Value {
@@ -190,13 +272,29 @@ impl ServicePlan {
             "name": self.name,
             "namespace": NAMESPACE,
             "hostname": self.hostname(),
-            "vips": [format!("/{}", self.vip)],
-            "ports": { SERVICE_PORT.to_string(): APPLICATION_PORT },
+            "vips": [format!("{}/{}", self.network, self.vip)],
+            "ports": { self.port.to_string(): self.target.unwrap_or(APPLICATION_PORT) },
         });
         if let Some(waypoint) = &self.waypoint {
-            entry["waypoint"] = json!({ "destination": format!("/{}", address(waypoint)), "hboneMtlsPort": 15008 });
+            entry["waypoint"] = waypoint.entry(&address);
         }
         entry
+    }
+}
+
+/// The hostname of a service.
+pub fn hostname(service: &str) -> String {
+    format!("{service}.{NAMESPACE}.svc.cluster.local")
+}
+
+impl Reference {
+    fn entry(&self, address: impl Fn(&str) -> IpAddr) -> Value {
+        let destination = match self {
+            Self::Address(pod) => format!("/{}", address(pod)),
+            Self::Service(service) => format!("{NAMESPACE}/{}", hostname(service)),
+            Self::Hostname(name) => format!("{NAMESPACE}/{name}"),
+        };
+        json!({ "destination": destination, "hboneMtlsPort": 15008 })
     }
 }
 
@@ -226,14 +324,51 @@ impl Plan {
             vip: Ipv4Addr::new(10, 96, 0, number),
             endpoints,
             waypoint: None,
+            port: SERVICE_PORT,
+            target: None,
+            own_targets: BTreeMap::new(),
+            network: String::new(),
         });
+        self
+    }
+
+    #[track_caller]
+    fn last_service(&mut self) -> &mut ServicePlan {
+        self.services.last_mut().expect("this is said of the service before it")
+    }
+
+    /// The last service has this port, which leads to that one of its endpoints.
+    #[must_use]
+    pub fn at_port(mut self, port: u16, target: u16) -> Self {
+        self.last_service().port = port;
+        self.target(target)
+    }
+
+    /// The port of the last service leads to this port of its endpoints; to port 0 if each of them says it itself.
+    #[must_use]
+    pub fn target(mut self, port: u16) -> Self {
+        self.last_service().target = Some(port);
+        self
+    }
+
+    /// This endpoint of the last service says itself which of its ports is meant.
+    #[must_use]
+    pub fn own_target(mut self, pod: &str, port: u16) -> Self {
+        self.last_service().own_targets.insert(pod.into(), port);
+        self
+    }
+
+    /// The last service is behind a waypoint that is named otherwise than by address.
+    #[must_use]
+    pub fn behind_named(mut self, waypoint: Reference) -> Self {
+        self.last_service().waypoint = Some(waypoint);
         self
     }
 
     /// The last service is behind a waypoint, a pod.
     #[must_use]
     pub fn behind(mut self, waypoint: &str) -> Self {
-        self.services.last_mut().expect("a waypoint comes after its service").waypoint = Some(waypoint.into());
+        self.last_service().waypoint = Some(Reference::Address(waypoint.into()));
         self
     }
 
@@ -266,6 +401,23 @@ impl Plan {
     #[track_caller]
     pub fn remember(&mut self, pod: &str) {
         self.pods.iter_mut().find(|it| it.name == pod).expect("a pod of the mesh").listed = true;
+    }
+
+    /// A pod is selected by a policy.
+    #[track_caller]
+    pub fn select(&mut self, pod: &str, policy: &Policy) {
+        self.find(pod).selected_by.push(policy.key());
+    }
+
+    /// A pod belongs to another trust domain from now on.
+    #[track_caller]
+    pub fn move_to_trust_domain(&mut self, pod: &str, name: &str) {
+        self.find(pod).trust_domain = name.into();
+    }
+
+    #[track_caller]
+    fn find(&mut self, pod: &str) -> &mut PodPlan {
+        self.pods.iter_mut().find(|it| it.name == pod).expect("a pod of the mesh")
     }
 
     /// Takes all policies away.
@@ -305,13 +457,14 @@ impl Plan {
 
     /// The mesh file. `addresses` are the pods', in their order.
     pub(crate) fn file(&self, addresses: &[Vec<IpAddr>]) -> String {
-        let pods = self.pods.iter().zip(addresses).filter(|(pod, _)| pod.listed);
-        let workloads: Vec<Value> =
-            pods.map(|(pod, ips)| pod.entry(&self.nodes[pod.node], ips, &self.memberships(&pod.name))).collect();
         let address = |name: &str| {
             let found = self.pods.iter().position(|pod| pod.name == name);
-            addresses[found.expect("a waypoint is a pod of the mesh")][0]
+            addresses[found.expect("a waypoint or gateway is a pod of the mesh")][0]
         };
+        let pods = self.pods.iter().zip(addresses).filter(|(pod, _)| pod.listed);
+        let workloads: Vec<Value> = pods
+            .map(|(pod, ips)| pod.entry(&self.nodes[pod.node], ips, &self.memberships(&pod.name), address))
+            .collect();
         let services: Vec<Value> = self.services.iter().map(|service| service.entry(address)).collect();
         let policies: Vec<Value> = self.policies.iter().map(Policy::entry).collect();
         format!("{:#}\n", json!({ "workloads": workloads, "services": services, "policies": policies }))
@@ -320,7 +473,8 @@ impl Plan {
     fn memberships(&self, pod: &str) -> Value {
         let of = self.services.iter().filter(|service| service.endpoints.iter().any(|name| name == pod));
         of.map(|service| {
-            (format!("{NAMESPACE}/{}", service.hostname()), json!({ SERVICE_PORT.to_string(): APPLICATION_PORT }))
+            let target = service.own_targets.get(pod).copied().or(service.target).unwrap_or(APPLICATION_PORT);
+            (format!("{NAMESPACE}/{}", service.hostname()), json!({ service.port.to_string(): target }))
         })
         .collect::<serde_json::Map<_, _>>()
         .into()

@@ -140,6 +140,11 @@ impl Pod {
         self.connect(to).unwrap_or_else(|error| panic!("{} cannot connect to {to}: {error}", self.name()))
     }
 
+    /// Opens a connection from one of its addresses.
+    pub fn open_from(&self, from: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
+        app::connect_from(self.netns(), from, to)
+    }
+
     /// Opens a connection and waits to be greeted.
     pub fn ask(&self, to: SocketAddr) -> io::Result<Greeting> {
         app::greeting(&self.connect(to)?)

@@ -29,6 +29,16 @@ impl Process {
         Self { name: name.into(), child, log }
     }
 
+    /// Starts a command whose standard output is a pipe that nobody reads.
+    #[track_caller]
+    pub fn start_unread(name: &str, folder: &Path, mut command: Command) -> Self {
+        let log = folder.join(format!("{name}.log"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let child =
+            die_with_parent(&mut command).spawn().unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
+        Self { name: name.into(), child, log }
+    }
+
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
