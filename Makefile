@@ -4,7 +4,7 @@ SHELL := /bin/bash
 CACHE := $(or $(ZSPIRE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/zspire)
 export PATH := $(PATH):/usr/sbin:/sbin:$(CACHE)/tools-1/bin
 
-.PHONY: help demo test check bench docs clean
+.PHONY: help demo test check bench fuzz docs clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ bench: ## measure speed and memory beside Envoy, interleaved, and print the tabl
 	@scripts/install bench
 	cargo build --quiet --release --locked -p zspire -p zspire-testkit
 	bench/run $(ARGS)
+
+fuzz: ## feed random input to each parser of what others send, a minute each (SECONDS_EACH=60)
+	@scripts/install fuzz
+	scripts/fuzz
 
 docs: ## write the generated documents anew
 	cargo run --quiet --locked -p zspire -- docs configuration > docs/configuration.md
