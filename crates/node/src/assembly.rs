@@ -28,7 +28,9 @@ use crate::config::{self, Config, Mode, WorkloadName};
 use crate::discovery;
 use crate::mesh::{Mesh, Prefetch};
 use crate::metrics::{self, Process};
+use crate::pods::identity::PerPod;
 use crate::pods::launcher::{Checks, Counts, Drains, PodLauncher, Settings};
+use crate::pods::references::References;
 use crate::pods::{self, PodInfo, PodView};
 use crate::readiness::{self, Readiness};
 use crate::shutdown::Signals;
@@ -95,6 +97,8 @@ struct Served {
     checks: OnceLock<Checks>,
     source: Arc<dyn Source>,
     revocation: Revocation,
+    /// Where every pod has credentials of its own.
+    per_pod: Option<PerPod>,
     discovery: discovery::Board,
 }
 
@@ -140,6 +144,7 @@ impl Node {
             }),
             pods: pods::Board::default(),
             checks: OnceLock::new(),
+            per_pod: self.per_pod(&control.source, control.references)?,
             source: control.source,
             revocation: control.revocation,
             discovery: discovery.board.clone(),
@@ -166,16 +171,24 @@ impl Node {
     }
 
     fn mesh(&self, source: Arc<dyn Source>) -> Mesh {
+        // Where every pod has credentials of its own, nothing is asked for before the pod is there to be attested.
+        let shared = !self.config.identity.is_per_workload();
         let prefetch = match &self.config.mode {
-            Mode::Shared => Some(Prefetch { node: self.config.node_name.as_str().into() }),
-            Mode::Dedicated(_) => None,
+            Mode::Shared if shared => Some(Prefetch { node: self.config.node_name.as_str().into() }),
+            Mode::Shared | Mode::Dedicated(_) => None,
         };
-        if let Some(id) = self.own_identity() {
+        if let Some(id) = self.own_identity().filter(|_| shared) {
             let key = zspire_identity::WorkloadKey { id, workload: None };
             // Asked for before discovery has said anything, so that it is there when the first connection comes.
             drop(source.watch(&key, zspire_identity::Priority::WarmUp));
         }
         Mesh::new(source, &self.config.cluster_id, prefetch)
+    }
+
+    fn per_pod(&self, source: &Arc<dyn Source>, references: Option<Arc<References>>) -> anyhow::Result<Option<PerPod>> {
+        let Some(references) = references else { return Ok(None) };
+        let trust_domain = self.config.trust_domain.parse().context("TRUST_DOMAIN")?;
+        Ok(Some(PerPod { source: source.clone(), references, trust_domain }))
     }
 
     /// The identity that a dedicated proxy will need.
@@ -245,7 +258,7 @@ impl Node {
         let uid: Str = format!("{}/{}", name.namespace, name.name).into();
         let spec = PodSpec {
             uid: uid.clone(),
-            local: mesh.follow(name),
+            local: mesh.follow(name, None),
             listeners: Listeners::well_known(self.config.addresses.bind, ipv6, self.config.socks5),
             place: None,
             overlap: false,
@@ -254,7 +267,7 @@ impl Node {
         tracing::info!(pod = %uid, listeners = ?proxy.listeners(), "pod is served");
         let waiting = readiness.block("certificate", format!("waiting for discovery to know workload {uid}"));
         let waited_for =
-            readiness::wait_for_certificate(uid.to_string(), mesh.follow(name), waiting, tasks.stop.clone());
+            readiness::wait_for_certificate(uid.to_string(), mesh.follow(name, None), waiting, tasks.stop.clone());
         tasks.spawn("own certificate", waited_for);
         let info = PodInfo {
             name: name.name.clone(),
@@ -276,6 +289,7 @@ impl Node {
             workers: self.workers.clone(),
             shared: served.shared.clone(),
             mesh: mesh.clone(),
+            per_pod: served.per_pod.clone(),
             cluster_id: self.config.cluster_id.clone(),
             ipv6: self.config.ipv6,
             socks5: self.config.socks5,

@@ -16,7 +16,9 @@ use zspire_identity::tls::{KeyExchange, Policy};
 use zspire_identity::{Revocation, SystemClock, istio_ca, local, per_identity, revocation};
 
 use crate::config::{Compliance, Config, IdentitySource, RootCert, Server, Token, UnknownStatus};
+use crate::pods::references::References;
 use crate::readiness::Readiness;
+use crate::spire;
 use crate::tasks::Tasks;
 
 /// First pause after a failed join; doubles up to [`JOIN_PAUSE_MAX`].
@@ -31,6 +33,8 @@ pub struct Control {
     pub revocation: Revocation,
     /// To the discovery server, if there is one.
     pub xds: Option<Channel>,
+    /// What the source knows of the pods that it is asked about, where every pod has credentials of its own.
+    pub references: Option<Arc<References>>,
 }
 
 /// Builds source and channels; joins first where that is configured.
@@ -52,7 +56,13 @@ pub async fn start(config: &Config, readiness: &Readiness, tasks: &Tasks) -> any
     let revocation = revocation(config, tasks);
     let policy = policy(config).with_revocation(revocation.clone());
     let schedule = per_identity::Config { policy, ..per_identity::Config::default() };
+    let mut references = None;
     let source: Arc<dyn zspire_identity::Source> = match (config.identity, ca) {
+        (IdentitySource::SpireBroker | IdentitySource::SpireDelegated | IdentitySource::WorkloadApi, _) => {
+            let spire = spire::start(config, &schedule.policy, tasks)?;
+            references = spire.references;
+            spire.source
+        }
         (IdentitySource::Local, _) | (IdentitySource::IstioCa, None) => {
             let directory = local::directory(config.runtime_dir.as_deref(), &std::env::temp_dir())
                 .context("cannot use the development CA")?;
@@ -75,7 +85,7 @@ pub async fn start(config: &Config, readiness: &Readiness, tasks: &Tasks) -> any
         }
     };
     let xds = xds.map(Channel::new).transpose().context("XDS_ADDRESS")?;
-    Ok(Control { source, revocation, xds })
+    Ok(Control { source, revocation, xds, references })
 }
 
 /// Follows the file of revocation lists, if there is one.

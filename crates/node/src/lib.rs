@@ -18,6 +18,7 @@ pub mod metrics;
 pub mod pods;
 pub mod readiness;
 pub mod shutdown;
+pub mod spire;
 pub mod tasks;
 pub mod telemetry;
 

@@ -51,6 +51,7 @@ struct State {
 #[derive(Debug)]
 struct Pod {
     name: WorkloadName,
+    own: Option<Watch>,
     local: watch::Sender<Known>,
 }
 
@@ -84,14 +85,15 @@ impl Mesh {
         self.0.discovered.send_replace(true);
     }
 
-    /// Follows a pod: its workload, as soon as discovery knows one of this name, and its credentials.
-    pub fn follow(&self, name: &WorkloadName) -> watch::Receiver<Known> {
+    /// Follows a pod: its workload, as soon as discovery knows one of this name, and its credentials. `own` are the
+    /// credentials of the pod where each has its own; else those of the workload's identity are used.
+    pub fn follow(&self, name: &WorkloadName, own: Option<Watch>) -> watch::Receiver<Known> {
         let mut state = self.lock();
         let known = state.store.snapshot().workloads().find(|workload| self.is(name, workload)).cloned();
-        let local = known.map_or(Known::Waiting, |workload| self.local(&mut state, workload));
+        let local = known.map_or(Known::Waiting, |workload| self.local(&mut state, workload, own.clone()));
         let (sender, receiver) = watch::channel(local);
         state.pods.retain(|pod| !pod.local.is_closed());
-        state.pods.push(Pod { name: name.clone(), local: sender });
+        state.pods.push(Pod { name: name.clone(), own, local: sender });
         receiver
     }
 
@@ -127,7 +129,8 @@ impl Mesh {
     fn came(&self, state: &mut State, workload: &Arc<Workload>) {
         let pods: Vec<usize> = (0..state.pods.len()).filter(|n| self.is(&state.pods[*n].name, workload)).collect();
         for pod in pods {
-            let local = self.local(state, workload.clone());
+            let own = state.pods[pod].own.clone();
+            let local = self.local(state, workload.clone(), own);
             state.pods[pod].local.send_replace(local);
         }
         let ours = self.0.prefetch.as_ref().is_some_and(|prefetch| {
@@ -146,8 +149,8 @@ impl Mesh {
         }
     }
 
-    fn local(&self, state: &mut State, workload: Arc<Workload>) -> Known {
-        match self.hold(state, &workload) {
+    fn local(&self, state: &mut State, workload: Arc<Workload>, own: Option<Watch>) -> Known {
+        match own.or_else(|| self.hold(state, &workload)) {
             Some(credentials) => Known::Here(Arc::new(Local { workload, credentials })),
             None => Known::Waiting,
         }

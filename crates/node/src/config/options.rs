@@ -65,7 +65,7 @@ table! {
         PREFERED_SERVICE_NAMESPACE = "": "Namespace whose service is taken when several hold the same address.";
     }
     "Certificates" {
-        IDENTITY_SOURCE = "istio-ca": "`istio-ca`: `CreateCertificate` at CA_ADDRESS. `local`: a development CA in this process, its root shared by all processes of the same user.";
+        IDENTITY_SOURCE = "istio-ca": "`istio-ca`: `CreateCertificate` at CA_ADDRESS. `spire-broker`, `spire-delegated`, `workload-api`: from a SPIRE agent, see below. `local`: a development CA in this process, its root shared by all processes of the same user.";
         CA_ADDRESS = "https://istiod.istio-system.svc:15012 in Kubernetes, else https://localhost:15012": "The certificate authority; the mesh file's `discoveryAddress` comes before the default; empty: none.";
         CA_ROOT_CA = "./var/run/secrets/istio/root-cert.pem": "What the CA's server is verified against: a file (watched), `SYSTEM`, or PEM.";
         ALT_CA_HOSTNAME = "": "Name to verify in the CA's certificate, when it is not the address's.";
@@ -78,6 +78,16 @@ table! {
         COMPLIANCE_POLICY = "": "`pqc`: nothing but X25519MLKEM768 for key exchange.";
         ZSPIRE_JOIN_TOKEN = "": "Token by which this node joins a zspire control plane: a file or the token itself; used once, then the certificate in ZSPIRE_STATE_DIR serves.";
         ZSPIRE_STATE_DIR = "./var/lib/zspire": "Folder for what the proxy keeps between starts (mode 0700): the node's own certificate and key after a join.";
+    }
+    "Identities from SPIRE (IDENTITY_SOURCE=spire-broker, spire-delegated, workload-api)" {
+        SPIFFE_ENDPOINT_SOCKET = "": "The Workload API: the workload's identity (`workload-api`), or the proxy's own, which the Broker API asks for (`spire-broker`). `unix:///absolute/path` or `tcp://IP:port`.";
+        SPIFFE_BROKER_SOCKET = "": "The SPIFFE Broker API (`spire-broker`), always over mutual TLS.";
+        SPIRE_ADMIN_ENDPOINT_SOCKET = "": "The agent's admin socket with the Delegated Identity API (`spire-delegated`).";
+        SPIFFE_REFERENCE = "pod for spire-broker, pid for spire-delegated": "What the agent is asked about: `pod`, a Kubernetes pod by its UID; `pid`, a process of the pod, for which `/proc` must be the host's.";
+        SPIRE_AGENT_ID = "": "SPIFFE ID that the agent behind SPIFFE_BROKER_SOCKET must prove; empty: any below `spiffe://<trust domain>/spire/agent/`.";
+        SPIRE_UNATTESTED_SELECTORS = "false": "Ask the Delegated Identity API by selectors `k8s:ns`, `k8s:sa` and `k8s:pod-name` instead of by process. The agent then attests nothing: it believes what the proxy says.";
+        SPIFFE_HINT = "": "Hint that tells SVIDs with the same SPIFFE ID apart.";
+        SPIFFE_ACCEPT_OTHER_ID = "false": "Use the SVID that the agent offers also when its SPIFFE ID is not the expected one, if it is the only one.";
     }
     "Data plane" {
         IPV6_ENABLED = "true": "Listen on IPv6 as well.";

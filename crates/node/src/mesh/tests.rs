@@ -62,7 +62,7 @@ fn mesh(prefetch: Option<&str>) -> (Arc<Noting>, Mesh) {
 #[test]
 fn a_pod_is_told_when_its_workload_comes_changes_and_goes() {
     let (source, mesh) = mesh(None);
-    let mut local = mesh.follow(&name("web-1"));
+    let mut local = mesh.follow(&name("web-1"), None);
     assert!(local.borrow_and_update().here().is_none());
     mesh.apply([
         Change::PutWorkload(workload("web-1", "web", "n")),
@@ -72,7 +72,7 @@ fn a_pod_is_told_when_its_workload_comes_changes_and_goes() {
     let id: SpiffeId = "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap();
     assert_eq!(*source.asked.lock().unwrap(), [format!("watch {id} WarmUp")]);
     // Whoever follows later is told at once.
-    assert!(mesh.follow(&name("web-1")).borrow().here().is_some());
+    assert!(mesh.follow(&name("web-1"), None).borrow().here().is_some());
     mesh.apply([Change::RemoveWorkload("c//Pod/shop/web-1".into())]);
     assert!(local.borrow_and_update().here().is_none());
     assert_eq!(source.asked.lock().unwrap().last().unwrap(), &format!("forget {id}"));
@@ -81,7 +81,7 @@ fn a_pod_is_told_when_its_workload_comes_changes_and_goes() {
 #[test]
 fn a_pod_is_not_told_of_a_workload_with_another_account_or_of_another_cluster() {
     let (_, mesh) = mesh(None);
-    let local = mesh.follow(&name("web-1"));
+    let local = mesh.follow(&name("web-1"), None);
     let mut elsewhere = Workload::clone(&workload("web-1", "web", "n"));
     elsewhere.cluster_id = "d".into();
     mesh.apply([Change::PutWorkload(workload("web-1", "admin", "n")), Change::PutWorkload(Arc::new(elsewhere))]);

@@ -19,6 +19,7 @@ use zspire_proxy::{Known, Listeners, PodSpec, Proxy, Shared};
 use zspire_sys::netns::{Netns, Visit};
 use zspire_sys::socket;
 
+use super::identity::{Held, PerPod};
 use super::place::{self, Passed};
 use super::{Launcher, Namespace, PodInfo};
 use crate::config::WorkloadName;
@@ -30,6 +31,8 @@ pub struct Settings {
     pub workers: Arc<Workers>,
     pub shared: Arc<Shared>,
     pub mesh: Mesh,
+    /// Where every pod has credentials of its own.
+    pub per_pod: Option<PerPod>,
     /// The cluster, part of a workload's UID.
     pub cluster_id: String,
     pub ipv6: bool,
@@ -102,6 +105,7 @@ impl Drains {
 pub struct Served {
     proxy: Proxy,
     check: Check,
+    identity: Option<Held>,
 }
 
 /// The task that looks whether the namespace is the pod's; it ends with the value.
@@ -171,12 +175,14 @@ impl Launcher for PodLauncher {
             self.settings.ipv6 && socket::ipv6_available()
         });
         let ipv6 = ipv6.context(enter)?;
+        let identity = self.settings.per_pod.as_ref().map(|per_pod| per_pod.ask(uid, pod, namespace)).transpose()?;
+        let own = identity.as_ref().map(|held| held.watch.clone());
         let (counts, refused) = (self.counts.clone(), pod.clone());
         let on_refusal = move |why: &str| {
             counts.refused.fetch_add(1, Relaxed);
             tracing::error!(pod = %refused, error = why, "the pod's connections are refused");
         };
-        let (local, check) = place::check(place.clone(), self.settings.mesh.follow(&name), on_refusal)
+        let (local, check) = place::check(place.clone(), self.settings.mesh.follow(&name, own), on_refusal)
             .context("cannot look at the pod's network namespace")?;
         self.demand(pod);
         let spec = PodSpec {
@@ -190,7 +196,7 @@ impl Launcher for PodLauncher {
         let check = Check(tokio::spawn(check).abort_handle());
         self.counts.started.fetch_add(1, Relaxed);
         self.checks.lock().insert(uid.to_owned(), local);
-        Ok(Served { proxy, check })
+        Ok(Served { proxy, check, identity })
     }
 
     fn drain(&self, uid: &str, served: Served) {
@@ -200,7 +206,7 @@ impl Launcher for PodLauncher {
         served.proxy.drain();
         self.drains.tasks.spawn(async move {
             // The pod may be found to be another while it drains.
-            let Served { proxy, check: _check } = served;
+            let Served { proxy, check: _check, identity: _identity } = served;
             tokio::select! {
                 () = proxy.drained() => {}
                 () = tokio::time::sleep(deadline) => tracing::warn!(uid, "connections are cut at the deadline"),

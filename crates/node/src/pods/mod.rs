@@ -15,8 +15,10 @@
 //! ```
 
 pub mod client;
+pub mod identity;
 pub mod launcher;
 pub mod place;
+pub mod references;
 pub mod zds;
 
 pub use client::{Board, Client};

@@ -85,7 +85,7 @@ fn servers(c: &Config, all: &mut BTreeMap<&str, Value>) {
         Some(LocalXds::Text(_)) => json!("Static"),
     };
     all.extend([
-        ("identitySource", json!(source(c.identity))),
+        ("identitySource", json!(c.identity.name())),
         ("fakeCa", json!(c.identity == IdentitySource::Local)),
         ("caAddress", address(&c.ca)),
         ("caRootCert", root(&c.ca)),
@@ -152,13 +152,6 @@ fn data_plane(c: &Config, all: &mut BTreeMap<&str, Value>) {
             }),
         ),
     ]);
-}
-
-fn source(source: IdentitySource) -> &'static str {
-    match source {
-        IdentitySource::IstioCa => "istio-ca",
-        IdentitySource::Local => "local",
-    }
 }
 
 /// `{"File": path}`, `"System"`, or `"Static"` for PEM in the environment.

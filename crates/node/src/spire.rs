@@ -1,0 +1,87 @@
+//! Builds the source of identities that asks a SPIRE agent, from settings.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use zspire_identity::spire::{Agent, Config as Settings, broker, delegated, subscriptions, workload_api};
+use zspire_identity::tls::Policy;
+use zspire_identity::{Priority, Source, WorkloadKey};
+use zspire_model::{SpiffeId, TrustDomain};
+
+use crate::config::{Config, IdentitySource};
+use crate::pods::references::{Kind, References};
+use crate::tasks::Tasks;
+
+/// The source, and what it has to be told of the pods that it is asked about.
+#[derive(Debug)]
+pub struct Spire {
+    pub source: Arc<dyn Source>,
+    /// None where the identity is that of the process.
+    pub references: Option<Arc<References>>,
+}
+
+/// Starts the source that IDENTITY_SOURCE names.
+pub fn start(config: &Config, policy: &Policy, tasks: &Tasks) -> anyhow::Result<Spire> {
+    let settings = Settings {
+        policy: policy.clone(),
+        hint: config.spire.hint.as_deref().map(Into::into),
+        accept_other_id: config.spire.accept_other_id,
+        ..Settings::default()
+    };
+    if config.identity == IdentitySource::WorkloadApi {
+        let source = own(config, settings, tasks)?;
+        return Ok(Spire { source, references: None });
+    }
+    let agent: Arc<dyn Agent> = match config.identity {
+        IdentitySource::SpireDelegated => {
+            let admin = config.spire.admin.clone().context("SPIRE_ADMIN_ENDPOINT_SOCKET is not set")?;
+            let (agent, bundles) = delegated::new(admin);
+            tasks.spawn("trust bundles", bundles.run(tasks.stop.clone()));
+            Arc::new(agent)
+        }
+        _ => Arc::new(broker(config, &settings, tasks)?),
+    };
+    if config.spire.unattested_selectors {
+        tracing::warn!("SPIRE_UNATTESTED_SELECTORS=true: the SPIRE agent attests no workload, it believes this proxy");
+    }
+    let references = Arc::new(References::new(kind(config)));
+    let (source, driver) = subscriptions::new(agent, references.clone(), settings);
+    tasks.spawn("SVIDs", driver.run(tasks.stop.clone()));
+    Ok(Spire { source: Arc::new(source), references: Some(references) })
+}
+
+fn kind(config: &Config) -> Kind {
+    match (config.spire.unattested_selectors, config.spire.by_process) {
+        (true, _) => Kind::UnattestedSelectors,
+        (false, true) => Kind::Process,
+        (false, false) => Kind::Pod,
+    }
+}
+
+/// The identity of this process, from the Workload API.
+fn own(config: &Config, settings: Settings, tasks: &Tasks) -> anyhow::Result<Arc<dyn Source>> {
+    let endpoint = config.spire.workload_api.clone().context("SPIFFE_ENDPOINT_SOCKET is not set")?;
+    let agent = Arc::new(workload_api::WorkloadApi::new(endpoint));
+    let (source, driver) = subscriptions::new(agent, Arc::new(workload_api::Own), settings);
+    tasks.spawn("own SVID", driver.run(tasks.stop.clone()));
+    Ok(Arc::new(source))
+}
+
+/// The Broker API, which is shown the proxy's own SVID.
+fn broker(config: &Config, settings: &Settings, tasks: &Tasks) -> anyhow::Result<broker::Broker> {
+    let endpoint = config.spire.broker.clone().context("SPIFFE_BROKER_SOCKET is not set")?;
+    // Whoever the agent says this process is: nothing but the agent's `brokers` depends on it.
+    let own = own(config, Settings { accept_other_id: true, ..settings.clone() }, tasks)?;
+    let domain: TrustDomain = config.trust_domain.parse().context("TRUST_DOMAIN")?;
+    let (namespace, account) = match (&*config.pod_namespace, &*config.service_account) {
+        ("", _) | (_, "") => ("istio-system", "ztunnel"),
+        known => known,
+    };
+    let id = SpiffeId::istio(&domain, namespace, account).context("POD_NAMESPACE, SERVICE_ACCOUNT")?;
+    let own = own.watch(&WorkloadKey { id, workload: None }, Priority::OnDemand);
+    let expected = match &config.spire.agent {
+        Some(id) => broker::ExpectedAgent::Exactly(id.clone()),
+        None => broker::ExpectedAgent::AnyOfTrustDomain,
+    };
+    Ok(broker::Broker::new(endpoint, own, expected))
+}
