@@ -121,7 +121,7 @@ fn authorization_is_asked_again_only_when_its_answer_may_have_changed() {
 #[test]
 fn a_pod_is_told_when_its_workload_becomes_somebody_else() {
     let (source, mesh) = mesh(None);
-    let mut local = mesh.follow(&name("web-1"));
+    let mut local = mesh.follow(&name("web-1"), None);
     mesh.apply([Change::PutWorkload(workload("web-1", "web", "n"))]);
     let foreign = Arc::new(Workload {
         trust_domain: "other.example".parse().unwrap(),
