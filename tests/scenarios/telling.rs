@@ -296,3 +296,78 @@ fn series_of_a_workload_that_is_gone_are_dropped() {
         gone("client");
     });
 }
+
+/// The access log of a real ztunnel: connections by a tunnel, by a service, denied, and in plain text, from both sides.
+const RECORDED: &str = include_str!("recorded/access.jsonl");
+
+/// The fields of a line in order, without those that depend on what the mesh file says of its workloads.
+fn fields(line: &Value) -> String {
+    let all = line.as_object().into_iter().flat_map(|fields| fields.keys().map(String::as_str));
+    all.filter(|field| !["src.cluster", "dst.cluster"].contains(field)).collect::<Vec<_>>().join(" ")
+}
+
+/// What kind of connection a line is about.
+fn kind(line: &Value) -> String {
+    let is = |field: &str| !line[field].is_null();
+    let level = line["level"].as_str().unwrap_or_default();
+    format!(
+        "{} {level} tunnel={} service={}",
+        line["direction"].as_str().unwrap_or_default(),
+        is("dst.hbone_addr"),
+        is("dst.service")
+    )
+}
+
+#[test]
+fn access_log_has_the_recorded_fields() {
+    scenario(|| {
+        let mesh = mesh()
+            .node("a")
+            .pod("client")
+            .pod(uncaptured("plain"))
+            .node("b")
+            .pod("server")
+            .pod("denying")
+            .service("api", &["server"])
+            .policy(deny_from("client").for_selected())
+            .start();
+        mesh.edit(|plan| plan.select("denying", &deny_from("client")));
+        let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+        let (denying, plain) = (mesh.pod("denying"), mesh.pod("plain"));
+        let _apps = (server.greet(), plain.greet(), denying.greet());
+        client.reaches(mesh.service("api"));
+        client.reaches(plain.app());
+        until("the denial", || match client.ask(denying.app()) {
+            Ok(greeting) => Err(greeting.by),
+            Err(_) => Ok(()),
+        });
+        denying.refusal("inbound", "policy rejection");
+        client.refusal("outbound", "401");
+        server.access("inbound", |_| true);
+        client.access("outbound", |line| line["dst.workload"] == "plain");
+        // Asked for by its own address once more: without a service.
+        client.access("outbound", |line| line["dst.workload"] == "server");
+        let lines = |text: &str| {
+            let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            lines.filter(|line| line["scope"] == "access" && !line["bytes_sent"].is_null()).collect::<Vec<_>>()
+        };
+        let recorded = lines(RECORDED);
+        let (mut compared, mut kinds) = (0, std::collections::BTreeSet::new());
+        for pod in [&client, &server, &denying] {
+            for line in lines(&pod.proxy(|proxy| proxy.log())) {
+                // Our inbound side says which service a connection probably asked for; the recorded one does not.
+                let mut line = line;
+                if line["direction"] == "inbound" {
+                    line.as_object_mut().unwrap().shift_remove("dst.service");
+                }
+                let same = recorded.iter().find(|other| kind(other) == kind(&line));
+                let Some(same) = same else { continue };
+                assert_eq!(fields(&line), fields(same), "{}", kind(&line));
+                assert_eq!(line["message"], same["message"]);
+                kinds.insert(kind(&line));
+                compared += 1;
+            }
+        }
+        assert!(compared >= 5 && kinds.len() >= 4, "{kinds:?}");
+    });
+}

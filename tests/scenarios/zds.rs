@@ -232,7 +232,11 @@ fn malformed_messages_close_nothing_but_themselves() {
             let error = proxy.ask(&add("more", "more"), &[file.as_fd()]);
             assert!(error.contains("not a network namespace"), "{error}");
         }
-        assert_eq!(open(), before, "descriptors are closed");
+        // Of what was asked before, the last connection may just have been closed.
+        zspire_testkit::until("descriptors to be closed", || match open() {
+            now if now <= before => Ok(()),
+            now => Err(format!("{now} are open, {before} were")),
+        });
         let _app = server.greet();
         client.reaches(server.app());
         assert_eq!(client.readiness(), Ok(()));

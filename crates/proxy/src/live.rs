@@ -431,3 +431,153 @@ impl fmt::Debug for Registry {
         f.debug_struct("Registry").field("live", &self.entries.borrow().len()).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use zspire_model::policy::{Action, Match};
+    use zspire_model::{Change, Policy, Store, StringMatch};
+
+    use super::*;
+
+    fn policy(name: &str, action: Action, account: &str) -> Change {
+        let principal = StringMatch::Exact(format!("cluster.local/ns/shop/sa/{account}").into());
+        let conditions = Match { principals: vec![principal], ..Match::default() };
+        Change::PutPolicy(Arc::new(Policy {
+            namespace: "shop".into(),
+            name: name.into(),
+            action,
+            groups: vec![vec![vec![conditions]]],
+            ..Policy::default()
+        }))
+    }
+
+    fn id(account: &str) -> SpiffeId {
+        format!("spiffe://cluster.local/ns/shop/sa/{account}").parse().unwrap()
+    }
+
+    /// A registry, the mesh that its connections are asked about in, and the workload that they go to.
+    struct World {
+        store: Store,
+        live: Rc<Registry>,
+        seen: PolicySet,
+        workload: Workload,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let (store, _) = Store::new();
+            let workload = Workload { namespace: "shop".into(), ..Workload::default() };
+            Self { store, live: Registry::new(Metrics::default()), seen: PolicySet::default(), workload }
+        }
+
+        fn connect(&self, account: &str) -> Place {
+            let destination = "10.0.0.1:80".parse().unwrap();
+            let peer_address = "10.0.0.2".parse().unwrap();
+            let question = Question { destination, peer: Some(id(account)), peer_address };
+            let snapshot = self.store.snapshot();
+            let Decision::Allowed { by } = question.ask(snapshot, &self.workload).decision else {
+                panic!("{account} is denied");
+            };
+            self.live.enter_allowed(question, by, snapshot.version(), Some(id("server")))
+        }
+
+        /// As [`crate::watch`] does it.
+        fn look(&mut self) {
+            let newer = PolicySet::of(self.store.snapshot(), &self.workload);
+            let difference = self.seen.until(&newer);
+            let (older, end) = (self.seen.version(), self.live.end());
+            if !difference.is_empty() {
+                self.live.ask_again(0..end, older, &newer, &difference, &self.workload);
+            }
+            self.seen = newer;
+        }
+
+        fn change(&mut self, change: Change) {
+            self.store.apply([change]);
+        }
+    }
+
+    fn fate(place: &Place) -> String {
+        place.why().map_or_else(|| "lives".into(), |why| why.why)
+    }
+
+    #[test]
+    fn a_change_of_policies_cuts_whom_it_concerns() {
+        let mut world = World::new();
+        let (web, cart) = (world.connect("web"), world.connect("cart"));
+        world.look();
+        world.change(policy("no-web", Action::Deny, "web"));
+        world.look();
+        assert!(fate(&web).contains("explicitly denied by: shop/no-web"));
+        assert_eq!(fate(&cart), "lives");
+        world.change(policy("cart", Action::Allow, "cart"));
+        world.look();
+        assert_eq!(fate(&cart), "lives");
+        // From now on that policy is what it lives by.
+        world.change(policy("other", Action::Allow, "other"));
+        world.look();
+        assert_eq!(fate(&cart), "lives");
+        world.change(policy("cart", Action::Allow, "nobody"));
+        world.look();
+        assert!(fate(&cart).contains("none allowed"));
+    }
+
+    /// Several changes may come between two looks, and connections between them.
+    #[test]
+    fn a_connection_is_judged_by_what_it_was_not_asked_about() {
+        let mut world = World::new();
+        world.look();
+        world.change(policy("no-web", Action::Deny, "web"));
+        world.look();
+        // Gone, and back with the next change: for the look nothing but the policy's place in memory tells.
+        world.change(Change::RemovePolicy(NamespacedName { namespace: "shop".into(), name: "no-web".into() }));
+        let web = world.connect("web");
+        world.change(policy("no-web", Action::Deny, "web"));
+        let cart = world.connect("cart");
+        world.look();
+        assert!(fate(&web).contains("shop/no-web"));
+        assert_eq!(fate(&cart), "lives");
+    }
+
+    fn peer(account: &str, not_after: u64) -> Peer {
+        let not_after = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(not_after);
+        Peer { id: id(account), not_after, fingerprint: [0; 32], evidence: Default::default() }
+    }
+
+    #[test]
+    fn what_rests_on_a_tunnel_ends_with_the_trust_in_it() {
+        let world = World::new();
+        let at = "10.0.0.2".parse().unwrap();
+        let lost = world.live.prove(Reporter::Destination, id("server"), peer("web", 10), at);
+        let kept = world.live.prove(Reporter::Destination, id("server"), peer("cart", 20), at);
+        let (web, cart) = (world.connect("web"), world.connect("cart"));
+        web.rests_on(lost.proof());
+        cart.rests_on(kept.proof());
+        assert!(lost.proof().is_used());
+        let verdict = Verdict::new(Reason::PeerRevoked, "the certificate is revoked");
+        world.live.withdraw(&[(lost.proof().clone(), verdict)]);
+        assert_eq!((fate(&web), fate(&cart)), ("connection closed: the certificate is revoked".into(), "lives".into()));
+        // A connection that comes into that tunnel afterwards lives no longer.
+        let late = world.connect("web");
+        late.rests_on(lost.proof());
+        assert_eq!(late.why().map(|why| why.flag), Some(Flag::CertRevoked));
+        assert_eq!(world.live.proofs().len(), 1);
+        drop((web, late));
+        assert!(!lost.proof().is_used() && kept.proof().is_used());
+    }
+
+    #[test]
+    fn another_identity_ends_what_was_carried_under_the_old_one() {
+        let world = World::new();
+        let (inbound, outbound, plain) =
+            (world.connect("web"), world.live.enter_opened(Some(id("server"))), world.live.enter_opened(None));
+        let newer = world.live.enter_opened(Some(id("renamed")));
+        world.live.cut_other_identities(Some(&id("renamed")), &Verdict::new(Reason::Identity, "renamed"));
+        for place in [&inbound, &outbound] {
+            assert_eq!(place.why().map(|why| why.flag), Some(Flag::IdentityError));
+        }
+        assert_eq!((fate(&plain), fate(&newer)), ("lives".into(), "lives".into()));
+    }
+}
