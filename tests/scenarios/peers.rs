@@ -106,6 +106,7 @@ fn tunnel_ends_nowhere_but_at_the_pod() {
             server.at(15001).to_string(),
             server.at(15006).to_string(),
             server.at(15008).to_string(),
+            server.at(15053).to_string(),
             server.at(15080).to_string(),
         ];
         for target in &elsewhere {

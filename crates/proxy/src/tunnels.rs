@@ -185,11 +185,11 @@ impl Tunnels {
     }
 }
 
-/// When a tunnel that begins `now` is to be renewed: a tenth of its time before its certificates end, which is late enough for
-/// newer ones to be there.
+/// When a tunnel that begins `now` is to be renewed: when a quarter of its time is left, and at most a minute. Certificates are
+/// renewed at half their life, so that newer ones are there by then.
 fn renewal(now: SystemTime, not_after: SystemTime) -> SystemTime {
     const AHEAD: Duration = Duration::from_secs(60);
-    not_after - (not_after.duration_since(now).unwrap_or_default() / 10).min(AHEAD)
+    not_after - (not_after.duration_since(now).unwrap_or_default() / 4).min(AHEAD)
 }
 
 /// A tunnel that has begun.

@@ -421,3 +421,27 @@ proptest! {
         }
     }
 }
+
+/// What a change costs for live connections: each asks the policies that differ, and nobody asks where none does.
+#[test]
+fn a_difference_has_only_what_differs() {
+    let (mut store, reader) = crate::Store::new();
+    store.apply((0..1000).map(|number| crate::Change::from(allow(&format!("p{number}"), number % 2 == 0))));
+    let before = PolicySet::of(&reader.load(), &server());
+    assert_eq!(before.known.len(), 1000);
+    let elsewhere = deny("elsewhere", true).with(|it| {
+        it.namespace = "other".into();
+        it.scope = Scope::Namespace;
+    });
+    store.apply([crate::Change::from(elsewhere)]);
+    let untouched = PolicySet::of(&reader.load(), &server());
+    assert!(before.until(&untouched).is_empty());
+    store.apply([crate::Change::from(deny("p7", false)), crate::Change::RemovePolicy(policy_key("p8"))]);
+    let difference = untouched.until(&PolicySet::of(&reader.load(), &server()));
+    assert_eq!(difference.new.len(), 1);
+    assert_eq!(difference.old, [policy_key("p7"), policy_key("p8")].into());
+    // Whoever was allowed by another one is not asked about anything else; whoever was by that one has to be.
+    let server = server();
+    let asked = |by: &str| difference.recheck(&connection(&server, None), Some(&policy_key(by)));
+    assert_eq!((asked("p2"), asked("p8")), (Recheck::Same, Recheck::AskAll));
+}
