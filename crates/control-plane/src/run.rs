@@ -281,6 +281,14 @@ impl Error {
     /// Whether the operator has to change configuration or files, rather than the machine.
     pub fn is_configuration(&self) -> bool {
         matches!(self, Self::Config(_) | Self::Mesh(_) | Self::Keys(_))
-            || matches!(self, Self::State(state::Error::Missing { .. } | state::Error::Authority { .. }))
+            || matches!(
+                self,
+                Self::State(
+                    state::Error::Missing { .. }
+                        | state::Error::Authority { .. }
+                        | state::Error::RootLost { .. }
+                        | state::Error::Exposed { .. }
+                )
+            )
     }
 }

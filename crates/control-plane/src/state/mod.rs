@@ -105,6 +105,33 @@ pub enum Error {
         #[source]
         source: zspire_identity::authority::Error,
     },
+    /// The CA's key is gone.
+    #[error(
+        "{} is missing, and the CA in {} has had a root: restore the file from your copy; to begin with a new root, which every node has to join again for, remove the folder",
+        .path.display(), .folder.display()
+    )]
+    RootLost {
+        /// Where the key was.
+        path: PathBuf,
+        /// The state folder.
+        folder: PathBuf,
+    },
+    /// Others may read a key.
+    #[error("others than its owner may read the key {} (mode {mode:04o}): run `chmod 600 {}`", .path.display(), .path.display())]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// A command for a control plane that is not there.
+    #[error(
+        "there is no control plane in {}: name the folder that it uses (--state, ZSPIRE_CP_STATE), or start it once, which makes its CA", .path.display()
+    )]
+    NoControlPlane {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A file of a plugged-in CA is missing.
     #[error("{} is missing: a folder of CA certificates holds ca-cert.pem, ca-key.pem, cert-chain.pem and root-cert.pem", .path.display())]
     Missing {

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -11,7 +12,7 @@ use zspire_identity::files::write_private;
 use zspire_identity::pem;
 use zspire_model::TrustDomain;
 
-use super::Error;
+use super::{Database, Error};
 
 /// istiod's `CITADEL_SELF_SIGNED_CA_CERT_TTL`.
 const LIFETIME: Duration = Duration::from_secs(3650 * 24 * 3600);
@@ -25,8 +26,12 @@ pub(crate) fn own_root(folder: &Path, domain: &TrustDomain, now: SystemTime) -> 
     let _held = held.map_err(|source| Error::io(&lock, source))?;
     let path = folder.join("ca.pem");
     match fs::read_to_string(&path).map(Zeroizing::new) {
-        Ok(text) => stored(&path, &text),
+        Ok(text) => {
+            private(&path)?;
+            stored(&path, &text)
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            had_root(folder, &path)?;
             let parts = Parts::generate(domain.as_str(), LIFETIME, now)
                 .map_err(|source| Error::Authority { path: path.clone(), source })?;
             let text = Zeroizing::new(format!("{}{}", *parts.key, parts.certificate));
@@ -36,6 +41,25 @@ pub(crate) fn own_root(folder: &Path, domain: &TrustDomain, now: SystemTime) -> 
         }
         Err(source) => Err(Error::io(&path, source)),
     }
+}
+
+/// A CA that has issued certificates does not begin anew because its key is gone: nobody would trust what it issues.
+fn had_root(folder: &Path, key: &Path) -> Result<(), Error> {
+    let published = folder.join("root-cert.pem").exists();
+    let remembered = folder.join("state.db").exists() && Database::durable(folder)?.recall("root")?.is_some();
+    if published || remembered {
+        return Err(Error::RootLost { path: key.to_owned(), folder: folder.to_owned() });
+    }
+    Ok(())
+}
+
+/// Refuses a key that others than its owner may read.
+fn private(path: &Path) -> Result<(), Error> {
+    let mode = fs::metadata(path).map_err(|source| Error::io(path, source))?.permissions().mode() & 0o7777;
+    if mode & 0o077 != 0 {
+        return Err(Error::Exposed { path: path.to_owned(), mode });
+    }
+    Ok(())
 }
 
 fn stored(path: &Path, text: &Zeroizing<String>) -> Result<Parts, Error> {
@@ -56,10 +80,7 @@ pub(crate) fn plugged_in(folder: &Path) -> Result<Parts, Error> {
             _ => Error::io(&path, error),
         })
     };
-    Ok(Parts {
-        certificate: read("ca-cert.pem")?,
-        key: Zeroizing::new(read("ca-key.pem")?),
-        chain: read("cert-chain.pem")?,
-        roots: read("root-cert.pem")?,
-    })
+    let key = Zeroizing::new(read("ca-key.pem")?);
+    private(&folder.join("ca-key.pem"))?;
+    Ok(Parts { certificate: read("ca-cert.pem")?, key, chain: read("cert-chain.pem")?, roots: read("root-cert.pem")? })
 }

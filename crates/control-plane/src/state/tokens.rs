@@ -90,11 +90,15 @@ pub(super) fn spend(db: &Connection, hash: TokenHash, node: &str, now: i64) -> r
     }
 }
 
-/// Makes a token that lets `node` join once within `ttl`. Works beside a running control plane and before its first start.
+/// Makes a token that lets `node` join once within `ttl`. Works beside a running control plane, and where one has run: it makes
+/// neither a CA nor a folder, since a misspelt one would only be noticed by the node that is refused.
 pub fn create_token(config: &Config, node: &str, ttl: Duration) -> Result<Zeroizing<String>, Error> {
     node_id(&config.trust_domain, node).ok_or_else(|| Error::Node(node.to_owned()))?;
     let now = SystemTime::now();
-    super::prepare(&config.state)?;
+    let made_by_it = if config.cacerts.is_some() { "state.db" } else { "ca.pem" };
+    if !config.state.join(made_by_it).exists() {
+        return Err(Error::NoControlPlane { path: config.state.clone() });
+    }
     let mut database = Database::durable(&config.state)?;
     let root = root_in_force(config, &database, now)?;
     let secret: String = rand::rng().sample_iter(Alphanumeric).take(SECRET).map(char::from).collect();

@@ -356,6 +356,8 @@ mod tests {
     async fn a_token_is_spent_once_by_its_node_only() {
         let folder = tempfile::tempdir().unwrap();
         let config = config(folder.path());
+        // As the first start does.
+        super::super::own_root(&config.state, &config.trust_domain, SystemTime::now()).unwrap();
         let text = create_token(&config, "node-a", Duration::from_secs(60)).unwrap();
         let hash = TokenHash::of(&text.parse().unwrap());
         let writer = Writer::start(&config.state).unwrap();
@@ -371,6 +373,8 @@ mod tests {
     async fn a_token_expires_and_an_unknown_one_is_none() {
         let folder = tempfile::tempdir().unwrap();
         let config = config(folder.path());
+        // As the first start does.
+        super::super::own_root(&config.state, &config.trust_domain, SystemTime::now()).unwrap();
         let text = create_token(&config, "node-a", Duration::ZERO).unwrap();
         let writer = Writer::start(&config.state).unwrap();
         let hash = TokenHash::of(&text.parse().unwrap());

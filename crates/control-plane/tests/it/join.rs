@@ -128,9 +128,15 @@ async fn a_token_names_the_root_of_its_control_plane() {
     assert!(error.contains("TLS with the control plane failed"), "{error}");
 }
 
+/// A misspelt folder makes no second CA.
 #[tokio::test]
-async fn a_token_made_before_the_first_start_is_good() {
+async fn there_is_no_token_without_a_control_plane() {
     let setup = Setup::new();
+    let error = create_token(&setup.config(), "a", Duration::from_secs(60)).unwrap_err().to_string();
+    assert!(error.contains("there is no control plane in") && error.contains("--state"), "{error}");
+    assert!(!setup.config().state.exists());
+    // Once it has run, it need not be running.
+    let setup = setup.start().await.stop().await;
     let token = create_token(&setup.config(), "a", Duration::from_secs(60)).unwrap().parse().unwrap();
     let running = setup.start().await;
     Node::join(running.join_config("a"), &token).await.unwrap();

@@ -129,3 +129,42 @@ async fn nobody_joins_when_the_use_of_a_token_cannot_be_written() {
     assert!(error.contains("cannot record the use of the join token, try again later (Unavailable)"), "{error}");
     assert_eq!(running.metric("citadel_server_success_cert_issuance_count").await, 0);
 }
+
+async fn refused(setup: &Setup) -> String {
+    let error = ControlPlane::start(setup.config()).await.unwrap_err();
+    assert!(error.is_configuration());
+    error.to_string()
+}
+
+/// A new root that nobody trusts would be worse than no control plane.
+#[tokio::test]
+async fn a_lost_key_does_not_become_a_new_root() {
+    let setup = Running::start().await.stop().await;
+    let state = setup.config().state;
+    let copy = std::fs::read(state.join("ca.pem")).unwrap();
+    std::fs::remove_file(state.join("ca.pem")).unwrap();
+    for remains in ["root-cert.pem", "state.db"] {
+        let error = refused(&setup).await;
+        assert!(error.contains("ca.pem is missing") && error.contains("restore the file from your copy"), "{error}");
+        assert!(!state.join("ca.pem").exists(), "{remains}");
+        if remains == "root-cert.pem" {
+            std::fs::remove_file(state.join(remains)).unwrap();
+        }
+    }
+    zspire_identity::files::write_private(&state.join("ca.pem"), &copy).unwrap();
+    setup.start().await.stop().await;
+}
+
+#[tokio::test]
+async fn a_key_that_others_may_read_is_refused() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let setup = Running::start().await.stop().await;
+    let key = setup.config().state.join("ca.pem");
+    for mode in [0o640, 0o604, 0o644] {
+        std::fs::set_permissions(&key, std::fs::Permissions::from_mode(mode)).unwrap();
+        let error = refused(&setup).await;
+        assert!(error.contains(&format!("(mode {mode:04o}): run `chmod 600 {}`", key.display())), "{error}");
+    }
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    setup.start().await.stop().await;
+}

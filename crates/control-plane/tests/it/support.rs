@@ -226,7 +226,7 @@ pub(crate) fn write_cacerts(folder: &Path, parts: &Parts) {
     ] {
         // Replaced whole, as every good tool does it.
         let temporary = folder.join(format!(".{name}"));
-        std::fs::write(&temporary, content).unwrap();
+        zspire_identity::files::write_private(&temporary, content.as_bytes()).unwrap();
         std::fs::rename(temporary, folder.join(name)).unwrap();
     }
 }
