@@ -20,11 +20,12 @@ mod monitoring;
 mod placement;
 mod run;
 mod serving;
+mod shortage;
 mod state;
 mod time_text;
 
 pub use auth::KeysError;
 pub use config::Config;
-pub use mesh::{Error as MeshError, Summary, validate};
+pub use mesh::{Error as MeshError, Summary, Validated, validate};
 pub use run::{ControlPlane, Error, run};
 pub use state::{IssuedRecord, create_token, issued};

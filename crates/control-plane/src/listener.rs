@@ -22,6 +22,7 @@ use zspire_identity::tls::ServerTls;
 use crate::auth::Connection;
 use crate::metrics::{Metrics, Open};
 use crate::serving::Serving;
+use crate::shortage::Shortage;
 
 /// Connections at the same time, those in their handshake included; more wait in the kernel's queue.
 const CONNECTIONS: usize = 8192;
@@ -29,8 +30,6 @@ const CONNECTIONS: usize = 8192;
 const HANDSHAKES: usize = 128;
 /// How long one may take.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
-/// Pause after an accept failed, e.g. for want of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const BACKLOG: i32 = 1024;
 
 /// Binds a port; one of IPv6 takes IPv4 too.
@@ -67,6 +66,7 @@ pub(crate) async fn accept(
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     let handshakes = Handshakes::default();
     let tasks = TaskTracker::new();
+    let mut shortage = Shortage::new("certificates and discovery");
     loop {
         let next = async {
             let slot = slots.clone().acquire_owned().await.expect("it is never closed");
@@ -94,10 +94,10 @@ pub(crate) async fn accept(
                     drop(handshake);
                 });
             }
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
+            Err(error) => tokio::select! {
+                () = stop.cancelled() => break,
+                () = shortage.rest(&error) => {}
+            },
         }
     }
     tasks.close();

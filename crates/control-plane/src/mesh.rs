@@ -48,9 +48,19 @@ impl Summary {
     }
 }
 
+/// A mesh that can be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Validated {
+    /// How much there is in it.
+    pub summary: Summary,
+    /// What names something that is not there, with file and line. It does not keep the mesh from being used.
+    pub findings: Vec<String>,
+}
+
 /// Checks files and folders, all of them together as one mesh.
-pub fn validate(paths: &[PathBuf]) -> Result<Summary, Error> {
-    Ok(Summary::of(&file::load_all(paths, &TrustDomain::default())?.resources))
+pub fn validate(paths: &[PathBuf]) -> Result<Validated, Error> {
+    let mesh = file::load_all(paths, &TrustDomain::default())?;
+    Ok(Validated { summary: Summary::of(&mesh.resources), findings: mesh.findings })
 }
 
 /// The mesh in force.
@@ -65,6 +75,7 @@ pub(crate) struct Mesh {
 #[derive(Debug)]
 struct State {
     summary: Summary,
+    findings: Vec<String>,
     loaded: SystemTime,
     rejected: Option<Rejected>,
 }
@@ -91,6 +102,7 @@ impl Mesh {
         // First, so that a change while loading is not missed.
         let watcher = file::Watcher::new(path).trust_domain(domain.clone());
         let files = file::load_in(path, domain)?;
+        warn(&files);
         let set = watch::Sender::new(Arc::new(ResourceSet::new(files.resources.clone())));
         let mesh = Arc::new(Self {
             path: path.to_owned(),
@@ -98,6 +110,7 @@ impl Mesh {
             resources: set.subscribe(),
             state: Mutex::new(State {
                 summary: Summary::of(&files.resources),
+                findings: files.findings.clone(),
                 loaded: SystemTime::now(),
                 rejected: None,
             }),
@@ -124,6 +137,7 @@ impl Mesh {
             "policies": state.summary.policies,
             "nodes": self.placement.load().nodes(),
             "loadedAt": rfc3339(state.loaded),
+            "findings": state.findings,
             "rejected": rejected.map(|it| json!({"at": rfc3339(it.at), "error": it.why})),
         })
     }
@@ -131,7 +145,8 @@ impl Mesh {
     fn accept(&self, files: &file::Mesh, placement: Placement) {
         self.placement.store(Arc::new(placement));
         let mut state = self.state.lock().expect("nothing panics while holding it");
-        *state = State { summary: Summary::of(&files.resources), loaded: SystemTime::now(), rejected: None };
+        let (summary, findings) = (Summary::of(&files.resources), files.findings.clone());
+        *state = State { summary, findings, loaded: SystemTime::now(), rejected: None };
     }
 
     fn reject(&self, why: String) {
@@ -182,7 +197,15 @@ impl Follower {
         self.files = files;
         metrics.mesh_reloads.accepted();
         metrics.mesh_rejected.set(0);
+        warn(&self.files);
         tracing::info!(changes = count, "took over the changed mesh files");
+    }
+}
+
+/// What an operator should look at.
+fn warn(files: &file::Mesh) {
+    for finding in &files.findings {
+        tracing::warn!("{finding}");
     }
 }
 

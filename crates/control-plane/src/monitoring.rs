@@ -23,13 +23,15 @@ use crate::config::Config;
 use crate::mesh::{Mesh, streams};
 use crate::metrics::Metrics;
 use crate::serving::Serving;
+use crate::shortage::Shortage;
 use crate::state::WriterStats;
 use crate::time_text::rfc3339;
 
 const CONNECTIONS: usize = 64;
 const HEADER_TIME: Duration = Duration::from_secs(10);
 const CONNECTION_TIME: Duration = Duration::from_secs(600);
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long a question may take that is answered without a free descriptor.
+const SHORT_TIME: Duration = Duration::from_millis(500);
 
 /// What the pages show.
 #[derive(Debug, Clone)]
@@ -102,6 +104,7 @@ pub(crate) async fn serve(listener: TcpListener, view: View, end: CancellationTo
     let app = router(view);
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     let connections = TaskTracker::new();
+    let mut shortage = Shortage::with_reserve("metrics and status");
     loop {
         let slot = slots.clone().acquire_owned().await.expect("it is never closed");
         let accepted = tokio::select! {
@@ -114,27 +117,28 @@ pub(crate) async fn serve(listener: TcpListener, view: View, end: CancellationTo
                 connections.spawn(async move {
                     tokio::select! {
                         () = end.cancelled() => {}
-                        () = connection(stream, app) => {}
+                        () = connection(stream, app, CONNECTION_TIME) => {}
                     }
                     drop(slot);
                 });
             }
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a monitoring connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
+            Err(error) => tokio::select! {
+                () = end.cancelled() => break,
+                () = shortage.answer_one(&listener, &error, |stream| connection(stream, app.clone(), SHORT_TIME)) => {}
+            },
         }
     }
     connections.close();
     connections.wait().await;
 }
 
-async fn connection(stream: TcpStream, app: Router) {
+async fn connection(stream: TcpStream, app: Router, limit: Duration) {
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIME)
+        .header_read_timeout(HEADER_TIME.min(limit))
+        .keep_alive(limit > SHORT_TIME)
         .max_buf_size(64 * 1024)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
     // A client that goes away or stalls concerns nobody else.
-    drop(tokio::time::timeout(CONNECTION_TIME, connection).await);
+    drop(tokio::time::timeout(limit, connection).await);
 }

@@ -72,6 +72,15 @@ impl Resource {
 }
 
 impl Kind {
+    /// What it is called in messages.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Workload => "workload",
+            Self::Service => "service",
+            Self::Policy => "policy",
+        }
+    }
+
     /// The type in discovery.
     pub fn type_url(self) -> &'static str {
         match self {

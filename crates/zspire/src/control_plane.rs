@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Args as ClapArgs, Subcommand, ValueEnum};
 use comfy_table::{Table, presets};
 use zspire_control_plane::config::{Options, SETTINGS, duration};
-use zspire_control_plane::{Config, IssuedRecord};
+use zspire_control_plane::{Config, IssuedRecord, Validated};
 
 use crate::exit;
 
@@ -163,6 +163,8 @@ fn sentence(text: &str) -> String {
 }
 
 fn serve(config: Config) -> ExitCode {
+    // Every node holds a connection open. Where it cannot be raised, the log says so when descriptors run out.
+    let _ = zspire_sys::privileges::raise_descriptor_limit();
     match zspire_control_plane::run(config) {
         Ok(()) => exit::OK,
         Err(error) if error.is_configuration() => complain(error, exit::usage()),
@@ -186,10 +188,16 @@ fn render(records: &[IssuedRecord], output: Output) -> String {
 /// Checks files as the control plane and the proxy would read them.
 pub(crate) fn validate(files: &[PathBuf]) -> ExitCode {
     match zspire_control_plane::validate(files) {
-        Ok(summary) => exit::print(&format!(
-            "valid: {} workloads, {} services, {} policies\n",
-            summary.workloads, summary.services, summary.policies
-        )),
+        Ok(Validated { summary, findings }) => {
+            let said = exit::print(&format!(
+                "valid: {} workloads, {} services, {} policies\n{}",
+                summary.workloads,
+                summary.services,
+                summary.policies,
+                findings.iter().map(|finding| format!("finding: {finding}\n")).collect::<String>(),
+            ));
+            if findings.is_empty() { said } else { exit::finding() }
+        }
         Err(error) => complain(error, exit::finding()),
     }
 }

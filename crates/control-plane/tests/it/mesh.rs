@@ -56,6 +56,18 @@ async fn a_workload_that_left_the_mesh_cannot_renew_its_certificate() {
     assert!(create(&node, csr(), 60, None).await.is_ok(), "the node is still one");
 }
 
+/// It is used, and said.
+#[tokio::test]
+async fn what_refers_to_nothing_is_a_finding() {
+    let running = Running::start().await;
+    let text = MESH.replace("node: b}", "node: b, authorizationPolicies: [shop/none]}");
+    std::fs::write(running.setup.path("mesh.d/mesh.yaml"), text).unwrap();
+    let status = running.until("found", |status| status["mesh"]["findings"] != serde_json::json!([])).await;
+    let finding = status["mesh"]["findings"][0].as_str().unwrap();
+    assert!(finding.contains("mesh.yaml:4: authorizationPolicies: there is no policy shop/none"), "{finding}");
+    assert!(status["mesh"]["rejected"].is_null());
+}
+
 /// Somebody opens the file for writing and takes his time: nothing is taken from the mesh meanwhile.
 #[tokio::test]
 async fn an_emptied_file_changes_nothing() {
@@ -93,8 +105,10 @@ fn validate_takes_all_files_as_one_mesh() {
         "services:\n- {name: db, namespace: shop, hostname: db.shop, vips: [/10.1.0.2], ports: {1: 2}}\n",
     )
     .unwrap();
-    let summary = validate(&[folder.clone(), file.clone()]).unwrap();
+    let validated = validate(&[folder.clone(), file.clone()]).unwrap();
+    let summary = validated.summary;
     assert_eq!((summary.workloads, summary.services, summary.policies), (3, 2, 0));
+    assert!(validated.findings.is_empty());
     std::fs::write(&file, MESH).unwrap();
     let error = validate(&[folder, file]).unwrap_err().to_string();
     assert!(error.contains("more.yaml"), "{error}");

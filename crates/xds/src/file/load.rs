@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use zspire_model::TrustDomain;
 
 use super::builder::Builder;
-use super::{Error, Mesh};
+use super::{Error, Mesh, references};
 
 /// Longest file, in bytes.
 const MAX_FILE: u64 = 256 << 20;
@@ -34,7 +34,13 @@ pub fn load_all(paths: &[impl AsRef<Path>], trust_domain: &TrustDomain) -> Resul
             builder.file(&file.display().to_string(), &text)?;
         }
     }
-    Ok(Mesh { resources: builder.finish() })
+    Ok(finish(builder))
+}
+
+pub(super) fn finish(builder: Builder) -> Mesh {
+    let built = builder.finish();
+    let findings = references::check(&built);
+    Mesh { resources: built.resources, findings }
 }
 
 /// The files that a path stands for, in order. Hidden ones are not among them: that is where the parts of a mounted
@@ -59,7 +65,7 @@ pub(super) fn files(path: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn read(path: &Path) -> io::Result<String> {
+pub(super) fn read(path: &Path) -> io::Result<String> {
     let file = fs::File::open(path)?;
     let length = file.metadata()?.len();
     if length > MAX_FILE {

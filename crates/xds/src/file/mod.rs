@@ -2,12 +2,14 @@
 //!
 //! A mesh is read and checked as a whole ([`load`]): one mistake anywhere refuses all of it, with the file, the line and what to
 //! do, and whoever loads it keeps the last good one. Reading is one pass: a workload is turned into its shared, compact form
-//! before the next one is read. [`Watcher`] says when to read again, [`diff`] what is different then.
+//! before the next one is read. What refers to nothing (a service, a waypoint, a policy) is no mistake, because the other part may
+//! come later or from elsewhere, but a finding. [`Watcher`] says when to read again, [`diff`] what is different then.
 
 mod builder;
 mod load;
 mod plain;
 mod read;
+mod references;
 mod schema;
 mod watch;
 mod words;
@@ -27,6 +29,8 @@ pub use watch::Watcher;
 pub struct Mesh {
     /// Its resources, in the order of the files.
     pub resources: Vec<Resource>,
+    /// What names something that is not there, with file and line: it may come later, so it is no error.
+    pub findings: Vec<String>,
 }
 
 impl Mesh {
@@ -80,7 +84,7 @@ pub fn parse(text: &str, name: &str) -> Result<Vec<Resource>, Error> {
 pub fn parse_in(text: &str, name: &str, trust_domain: &TrustDomain) -> Result<Vec<Resource>, Error> {
     let mut builder = Builder::new(trust_domain.clone());
     builder.file(name, text)?;
-    Ok(builder.finish())
+    Ok(builder.finish().resources)
 }
 
 /// The changes that make one mesh another.

@@ -194,8 +194,8 @@ mod tests {
             builder
         };
         let (mut one, mut other) = (builder(), builder());
-        let plain = plain::read(text, Mesh(&mut one)).ok().map(|()| one.finish());
-        let general = general_yaml("m.yaml", text, &mut other).ok().map(|()| other.finish());
+        let plain = plain::read(text, Mesh(&mut one)).ok().map(|()| one.finish().resources);
+        let general = general_yaml("m.yaml", text, &mut other).ok().map(|()| other.finish().resources);
         (plain, general)
     }
 
@@ -274,6 +274,6 @@ policies:
     fn both_plain(text: &str) -> Option<Vec<Resource>> {
         let mut builder = Builder::new(TrustDomain::default());
         builder.begin_file("m.yaml");
-        plain::read(text, Mesh(&mut builder)).ok().map(|()| builder.finish())
+        plain::read(text, Mesh(&mut builder)).ok().map(|()| builder.finish().resources)
     }
 }

@@ -260,9 +260,11 @@ fn what_cannot_be_read_says_so() {
 #[test]
 fn the_difference_of_two_meshes_leads_from_one_to_the_other() {
     let old = Mesh {
+        findings: Vec::new(),
         resources: vec![put_workload("w1", "10.0.0.1"), put_workload("w2", "10.0.0.2"), service("h", "10.9.0.1")],
     };
     let new = Mesh {
+        findings: Vec::new(),
         resources: vec![put_workload("w1", "10.0.0.1"), put_workload("w2", "10.0.0.9"), service("i", "10.9.0.1")],
     };
     let mut changes: Vec<_> = diff(&old, &new).iter().map(describe).collect();
@@ -280,4 +282,85 @@ fn equal_parts_are_shared() {
     let [Resource::Workload(a), Resource::Workload(b)] = mesh.as_slice() else { panic!() };
     assert!(Arc::ptr_eq(&a.services, &b.services));
     assert!(Arc::ptr_eq(&a.namespace, &b.namespace));
+}
+
+fn refused(text: &str) -> String {
+    zspire_xds::file::parse(text, "m.yaml").unwrap_err().to_string()
+}
+
+#[test]
+fn an_address_belongs_to_one_workload() {
+    let two = |more: &str| {
+        format!(
+            "workloads:\n- {{uid: a, workloadIps: [10.0.0.1]}}\n- {{uid: b, workloadIps: [10.0.0.2, 10.0.0.1]{more}}}\n"
+        )
+    };
+    let error = refused(&two(""));
+    assert!(error.starts_with("m.yaml:3:"), "{error}");
+    assert!(
+        error.contains("/10.0.0.1 is an address of workload a too (in m.yaml): give one of them another"),
+        "{error}"
+    );
+    for fine in [", network: elsewhere", ", networkMode: HostNetwork"] {
+        zspire_xds::file::parse(&two(fine), "m.yaml").unwrap();
+    }
+}
+
+#[test]
+fn ranges_of_virtual_addresses_do_not_overlap() {
+    let services = |ranges: &[(&str, &str)]| {
+        let entry = |(hostname, range): &(&str, &str)| {
+            format!("- {{name: s, namespace: a, hostname: {hostname}, cidrVips: [{range:?}], ports: {{1: 1}}}}\n")
+        };
+        format!("services:\n{}", ranges.iter().map(entry).collect::<String>())
+    };
+    for ranges in [
+        [("x", "/10.0.0.0/8"), ("y", "/10.1.0.0/16")],
+        [("x", "/10.1.0.0/16"), ("y", "/10.0.0.0/8")],
+        [("x", "/10.1.0.0/16"), ("y", "/10.1.0.0/16")],
+        [("x", "n/fd00::/8"), ("y", "n/fd00:1::/32")],
+    ] {
+        let error = refused(&services(&ranges));
+        assert!(error.starts_with("m.yaml:3:") && error.contains(" overlaps with "), "{error}");
+    }
+    let apart = [("x", "/10.0.0.0/16"), ("y", "/10.1.0.0/16"), ("z", "n/10.0.0.0/8"), ("v", "/fd00::/8")];
+    zspire_xds::file::parse(&services(&apart), "m.yaml").unwrap();
+}
+
+#[test]
+fn references_that_lead_nowhere_are_found_with_their_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.yaml");
+    let text = "\
+workloads:
+- uid: a
+  workloadIps: [10.0.0.1]
+  services:
+    a/here: {80: 80}
+    a/gone: {80: 80}
+  authorizationPolicies: [a/deny]
+- {uid: ab, waypoint: {destination: /10.9.9.9}, authorizationPolicies: [a/here]}
+- {uid: b, waypoint: {destination: /10.0.0.1}, networkGateway: {destination: a/here}}
+services:
+- name: s
+  namespace: a
+  hostname: here
+  waypoint: {destination: a/nobody}
+policies:
+- {name: here, namespace: a, action: Allow, scope: WorkloadSelector, rules: []}
+";
+    std::fs::write(&path, text).unwrap();
+    let mesh = zspire_xds::file::load(&path).unwrap();
+    let found: Vec<_> = mesh.findings.iter().map(|it| it.split("/m.yaml:").nth(1).unwrap()).collect();
+    assert_eq!(
+        found,
+        [
+            "6: services: there is no service a/gone: define it, or take it out",
+            "7: authorizationPolicies: there is no policy a/deny: define it, or take it out; until it is there, every \
+             connection to the workload is denied",
+            "8: waypoint: neither a service nor a workload is /10.9.9.9: define it, or take it out",
+            "14: waypoint: neither a service nor a workload is a/nobody: define it, or take it out",
+        ]
+    );
+    assert_eq!(mesh.resources.len(), 5, "nothing is refused");
 }
