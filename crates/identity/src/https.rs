@@ -63,12 +63,12 @@ pub enum Error {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// Another status than 200.
-    #[error("the server answered with status {0}")]
+    #[error("the server answered with status {0}, not with 200: check the URL")]
     Status(u16),
     /// Broken or too long.
     #[error("the answer cannot be used: {0}")]
     Protocol(String),
     /// Too slow.
-    #[error("no whole answer within {} s", .0.as_secs())]
+    #[error("no whole answer within {} s: check that the server is the right one, and its load", .0.as_secs())]
     Timeout(Duration),
 }

@@ -300,7 +300,7 @@ fn chain_of(error: &dyn std::error::Error) -> String {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Not usable as a name.
-    #[error("{0:?} cannot be the name of a node")]
+    #[error("{0:?} cannot be the name of a node: use letters, digits, '.', '-' and '_' in NODE_NAME")]
     Name(String),
     /// The CA's address is wrong.
     #[error(transparent)]
@@ -309,7 +309,7 @@ pub enum Error {
     #[error(transparent)]
     Refused(#[from] Failure),
     /// The certificate that came back is not usable.
-    #[error("the certificate that came back cannot be used")]
+    #[error("the certificate that came back cannot be used: compare the clocks of both machines")]
     Invalid(#[from] Invalid),
     /// No key.
     #[error(transparent)]
@@ -331,7 +331,7 @@ pub enum Error {
         why: String,
     },
     /// Cannot read or write the state.
-    #[error("cannot use {} for the state of this node", .path.display())]
+    #[error("cannot use {} for the state of this node (ZSPIRE_STATE_DIR): check its owner, its mode and the space on the disk", .path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,
@@ -342,6 +342,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether trying again with the same token is of no use: the CA has refused it, or it cannot be one.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Refused(failure) => matches!(failure.reason, "denied" | "rejected"),
+            Self::Name(_) | Self::Address(_) | Self::OtherNode { .. } => true,
+            Self::Invalid(_) | Self::Key(_) | Self::Damaged { .. } | Self::Io { .. } => false,
+        }
+    }
+
     fn io(path: &Path, source: io::Error) -> Self {
         Self::Io { path: path.to_owned(), source }
     }

@@ -169,7 +169,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// Unreadable, unwritable.
-    #[error("cannot use {} for the development CA", .path.display())]
+    #[error("cannot use {} for the development CA: check its owner, its mode and the space on the disk", .path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,

@@ -201,6 +201,8 @@ impl Node {
     fn data_plane(&self) -> anyhow::Result<zspire_proxy::Config> {
         let c = &*self.config;
         let mut proxy = zspire_proxy::Config::default();
+        proxy.dns.domain = c.cluster_domain.clone();
+        proxy.dns.preferred_namespace = c.preferred_service_namespace.as_deref().map(Into::into);
         proxy.routing.preferred_service_namespace = c.preferred_service_namespace.as_deref().map(Into::into);
         proxy.tunnel.stream_window = c.http2.stream_window;
         proxy.tunnel.connection_window = c.http2.connection_window;
@@ -259,7 +261,10 @@ impl Node {
         let spec = PodSpec {
             uid: uid.clone(),
             local: mesh.follow(name, None),
-            listeners: Listeners::well_known(self.config.addresses.bind, ipv6, self.config.socks5),
+            listeners: Listeners {
+                dns: self.config.dns,
+                ..Listeners::well_known(self.config.addresses.bind, ipv6, self.config.socks5)
+            },
             place: None,
             overlap: false,
         };
@@ -293,6 +298,7 @@ impl Node {
             cluster_id: self.config.cluster_id.clone(),
             ipv6: self.config.ipv6,
             socks5: self.config.socks5,
+            dns: self.config.dns,
             overlap: self.config.inpod_port_reuse,
             deadline: self.config.termination_deadline,
         })?;
@@ -338,6 +344,8 @@ impl Node {
         let listener = self.anywhere("metrics", self.config.addresses.stats)?;
         let mut registry = self.registry(served, served.source.clone(), discovery);
         registry.register_collector(Box::new(metrics::Pods { board: served.pods.clone(), counts }));
+        let (stats, board) = (discovery.stats.clone(), discovery.board.clone());
+        registry.register_collector(Box::new(metrics::Freshness { stats, board }));
         tasks.spawn("metrics", http_server::serve(listener, metrics::router(registry), tasks.stop.clone()));
         Ok(())
     }

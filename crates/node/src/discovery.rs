@@ -16,7 +16,7 @@ use zspire_xds::file;
 
 use crate::config::{Config, LocalXds, Mode, Server};
 use crate::mesh::Mesh;
-use crate::readiness::{Blocker, Readiness};
+use crate::readiness::{Blocker, Problem, Readiness};
 use crate::tasks::Tasks;
 
 /// How discovery stands, for views.
@@ -28,6 +28,17 @@ pub struct Status {
     pub connected: bool,
     /// What was wrong last.
     pub last_error: Option<String>,
+    /// A mesh file, how often it was read again, and how that went.
+    pub file: Option<FileReloads>,
+}
+
+/// How often a mesh file was read again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct FileReloads {
+    pub accepted: u64,
+    pub rejected: u64,
+    /// Whether the file as it is now is not in force.
+    pub is_rejected: bool,
 }
 
 /// How discovery stands. Clones are the same.
@@ -38,6 +49,20 @@ impl Board {
     /// As it is now.
     pub fn status(&self) -> Status {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The mesh file was read again, and why it was not taken.
+    fn reloaded(&self, rejected: Option<String>) {
+        self.change(|status| {
+            let file = status.file.get_or_insert_default();
+            file.is_rejected = rejected.is_some();
+            if file.is_rejected {
+                file.rejected += 1
+            } else {
+                file.accepted += 1
+            }
+            status.last_error = rejected;
+        });
     }
 
     fn change(&self, f: impl FnOnce(&mut Status)) {
@@ -79,6 +104,12 @@ pub fn start(
         // Workloads that name no trust domain are of the mesh's own.
         let domain = config.trust_domain.parse().context("TRUST_DOMAIN")?;
         from_file(local, domain, mesh, &board, tasks)?;
+        let observed = board.clone();
+        readiness.observe("mesh file", move || {
+            let status = observed.status();
+            let why = status.last_error.filter(|_| status.file.is_some_and(|file| file.is_rejected))?;
+            Some(Problem::note(format!("the changed file is not used, the mesh before stays in force: {why}")))
+        });
         return Ok(Discovery { board, stats: None, on_demand: None });
     }
     let (Some(channel), Some(server)) = (channel, &config.xds) else {
@@ -110,6 +141,7 @@ fn from_file(local: &LocalXds, domain: TrustDomain, mesh: &Mesh, board: &Board, 
             board.change(|status| {
                 status.source = path.display().to_string();
                 status.connected = true;
+                status.file = Some(FileReloads::default());
             });
             let (mesh, board, stop) = (mesh.clone(), board.clone(), tasks.stop.clone());
             tasks.spawn("mesh file", follow(path.clone(), watcher, first, mesh, board, stop));
@@ -138,12 +170,12 @@ async fn follow(
                 tracing::info!(file = %path.display(), changes = changes.len(), "mesh file read again");
                 mesh.apply(changes);
                 current = new;
-                board.change(|status| status.last_error = None);
+                board.reloaded(None);
             }
             Err(error) => {
                 let error = format!("{:#}", anyhow::Error::new(error));
                 tracing::error!(file = %path.display(), %error, "the mesh file was not taken, the last good one stays");
-                board.change(|status| status.last_error = Some(error));
+                board.reloaded(Some(error));
             }
         }
     }
@@ -164,8 +196,12 @@ fn from_server(
         FromServer { mesh: mesh.clone(), board: board.clone(), waiting: Some(waiting), server: server.address.clone() };
     let id =
         client::Config::node_id(config.instance_ip, &config.pod_name, &config.pod_namespace, &config.cluster_domain);
-    let settings =
-        client::Config { node_metadata: metadata(config), on_demand: config.xds_on_demand, ..client::Config::new(id) };
+    let settings = client::Config {
+        server: server.address.clone(),
+        node_metadata: metadata(config),
+        on_demand: config.xds_on_demand,
+        ..client::Config::new(id)
+    };
     let client = Client::new(settings, channel);
     let (stats, demand) = (client.stats(), client.demand());
     tasks.spawn("discovery", client.run(sink, tasks.stop.clone()));

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context as _;
 use http::{HeaderName, HeaderValue};
 use tokio_util::sync::CancellationToken;
+use zspire_identity::files::Watched;
 use zspire_identity::grpc::{self, Channel, Roots, TokenSource};
 use zspire_identity::join::{self, JoinToken, Node};
 use zspire_identity::tls::{KeyExchange, Policy};
@@ -17,7 +18,7 @@ use zspire_identity::{Revocation, SystemClock, istio_ca, local, per_identity, re
 
 use crate::config::{Compliance, Config, IdentitySource, RootCert, Server, Token, UnknownStatus};
 use crate::pods::references::References;
-use crate::readiness::Readiness;
+use crate::readiness::{Problem, Readiness};
 use crate::spire;
 use crate::tasks::Tasks;
 
@@ -53,7 +54,7 @@ pub async fn start(config: &Config, readiness: &Readiness, tasks: &Tasks) -> any
         tasks.spawn("node certificate", node.run(tasks.stop.clone()));
     }
 
-    let revocation = revocation(config, tasks);
+    let revocation = revocation(config, readiness, tasks);
     let policy = policy(config).with_revocation(revocation.clone());
     let schedule = per_identity::Config { policy, ..per_identity::Config::default() };
     let mut references = None;
@@ -88,8 +89,8 @@ pub async fn start(config: &Config, readiness: &Readiness, tasks: &Tasks) -> any
     Ok(Control { source, revocation, xds, references })
 }
 
-/// Follows the file of revocation lists, if there is one.
-fn revocation(config: &Config, tasks: &Tasks) -> Revocation {
+/// Follows the file of revocation lists, if there is one. For proxies only: CA and discovery server are known by their roots.
+fn revocation(config: &Config, readiness: &Readiness, tasks: &Tasks) -> Revocation {
     let Some(path) = &config.crl_path else { return Revocation::default() };
     let unknown = match config.crl_unknown {
         UnknownStatus::Deny => revocation::Unknown::Deny,
@@ -97,6 +98,11 @@ fn revocation(config: &Config, tasks: &Tasks) -> Revocation {
     };
     let (revocation, follower) = revocation::follow(path, unknown, Arc::new(SystemClock));
     tasks.spawn("revocation lists", follower.run(tasks.stop.clone()));
+    let observed = revocation.clone();
+    readiness.observe("revocation lists (CRL_PATH)", move || {
+        let why = observed.problem()?;
+        Some(if observed.refuses_everybody() { Problem::blocks(why) } else { Problem::note(why) })
+    });
     revocation
 }
 
@@ -136,7 +142,9 @@ fn policy(config: &Config) -> Policy {
     Policy::new(exchange, config.tls12)
 }
 
-/// The node's own certificate: of an earlier join, or bought with the token; retried until there is one.
+/// The node's own certificate: of an earlier join, or bought with the token. Tried again until there is one; but a token that
+/// the control plane has refused is not shown again: that would only fill its log. The process stays up and unready, so that
+/// nothing starts it over and over, and a token in a file is taken up when the file changes.
 async fn join(
     config: &Config,
     ca: &grpc::Config,
@@ -157,34 +165,71 @@ async fn join(
         return Ok(Some(node));
     }
     let blocked = readiness.block("join", "asking the control plane for this node's certificate");
+    let file = match token {
+        Token::File(path) => Some(Watched::new([path.clone()])),
+        Token::Literal(_) => None,
+    };
     let mut pause = JOIN_PAUSE_MIN;
     loop {
-        let error = match attempt(token, settings()).await {
+        let (error, retry) = match attempt(token, settings()).await {
             Ok(node) => {
                 blocked.ready();
                 return Ok(Some(node));
             }
-            Err(error) => format!("{error:#}"),
+            Err(error) => (format!("{:#}", error.why), !error.is_final),
         };
-        tracing::warn!(%error, retry_in = ?pause, "cannot join the control plane");
-        blocked.because(format!("cannot join the control plane: {error}"));
+        let again = async {
+            match (&file, retry) {
+                (_, true) => tokio::time::sleep(jitter(pause)).await,
+                (Some(file), false) => file.changed().await,
+                (None, false) => std::future::pending().await,
+            }
+        };
+        if retry {
+            tracing::warn!(%error, retry_in = ?pause, "cannot join the control plane");
+            blocked.because(format!("cannot join the control plane: {error}"));
+        } else {
+            let next = match token {
+                Token::File(path) => format!(
+                    "make a new one (`zspire control-plane token --node {}`) and write it to {}: it is taken up from there",
+                    config.node_name,
+                    path.display()
+                ),
+                Token::Literal(_) => format!(
+                    "make a new one (`zspire control-plane token --node {}`), set ZSPIRE_JOIN_TOKEN to it and restart",
+                    config.node_name
+                ),
+            };
+            tracing::error!(%error, next, "cannot join the control plane, and the token is not tried again");
+            blocked.because(format!("the join token is of no use: {error}; {next}"));
+        }
         tokio::select! {
             () = stop.cancelled() => anyhow::bail!("stopped before the node had joined: {error}"),
-            () = tokio::time::sleep(jitter(pause)) => {}
+            () = again => {}
         }
-        pause = (pause * 2).min(JOIN_PAUSE_MAX);
+        pause = if retry { (pause * 2).min(JOIN_PAUSE_MAX) } else { JOIN_PAUSE_MIN };
     }
 }
 
-async fn attempt(token: &Token, settings: join::Config) -> anyhow::Result<Node> {
+/// Why an attempt to join has failed.
+struct NotJoined {
+    why: anyhow::Error,
+    /// Whether the same token will not do better another time.
+    is_final: bool,
+}
+
+async fn attempt(token: &Token, settings: join::Config) -> Result<Node, NotJoined> {
     let text = match token {
         Token::Literal(text) => text.clone(),
         Token::File(path) => {
-            tokio::fs::read_to_string(path).await.with_context(|| format!("cannot read {}", path.display()))?
+            let read = tokio::fs::read_to_string(path).await.with_context(|| format!("cannot read {}", path.display()));
+            read.map_err(|why| NotJoined { why, is_final: false })?
         }
     };
-    let token: JoinToken = text.parse().context("ZSPIRE_JOIN_TOKEN")?;
-    Ok(Node::join(settings, &token).await?)
+    let token: JoinToken =
+        text.parse().context("ZSPIRE_JOIN_TOKEN").map_err(|why| NotJoined { why, is_final: true })?;
+    let joined = Node::join(settings, &token).await;
+    joined.map_err(|error| NotJoined { is_final: error.is_final(), why: error.into() })
 }
 
 /// Up to a quarter more, so that nodes started together do not ask together.

@@ -15,7 +15,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet, text};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
@@ -138,11 +138,39 @@ impl Collector for Identities {
         };
         gauge("zspire_certificates_queued", "Identities that wait for their turn", stats.queued)?;
         gauge("zspire_certificate_requests_in_flight", "Requests to the CA under way", stats.in_flight)?;
-        self.encode_expiry(&mut encoder, &stats)
+        self.encode_requests(&mut encoder, &stats)?;
+        self.encode_expiry(&mut encoder, &stats)?;
+        self.encode_age(&mut encoder, &stats)
     }
 }
 
 impl Identities {
+    fn encode_requests(&self, encoder: &mut DescriptorEncoder<'_>, stats: &zspire_identity::Stats) -> std::fmt::Result {
+        let help = "Requests that the CA refused or that did not reach it, by gRPC code";
+        let kind = prometheus_client::metrics::MetricType::Counter;
+        let mut refusals = encoder.encode_descriptor("zspire_ca_request_failures", help, None, kind)?;
+        for (code, count) in &stats.refusals {
+            ConstCounter::new(*count).encode(refusals.encode_family(&[("code", *code)])?)?;
+        }
+        let help = "How long requests to the CA took, whatever became of them";
+        let kind = prometheus_client::metrics::MetricType::Histogram;
+        let mut latency = encoder.encode_descriptor("zspire_ca_request_duration_seconds", help, None, kind)?;
+        let buckets: Vec<_> = stats.latency.buckets().collect();
+        latency.encode_histogram::<NoLabelSet>(stats.latency.sum().as_secs_f64(), stats.latency.count(), &buckets, None)
+    }
+
+    fn encode_age(&self, encoder: &mut DescriptorEncoder<'_>, stats: &zspire_identity::Stats) -> std::fmt::Result {
+        let kind = prometheus_client::metrics::MetricType::Gauge;
+        let help = "How long the certificate of an identity has been valid, in seconds";
+        let mut age = encoder.encode_descriptor("zspire_certificate_age_seconds", help, None, kind)?;
+        let now = std::time::SystemTime::now();
+        for (id, since) in &stats.since {
+            let seconds = now.duration_since(*since).unwrap_or_default().as_secs();
+            ConstGauge::new(seconds as i64).encode(age.encode_family(&[("identity", id.as_str())])?)?;
+        }
+        Ok(())
+    }
+
     fn encode_expiry(&self, encoder: &mut DescriptorEncoder<'_>, stats: &zspire_identity::Stats) -> std::fmt::Result {
         let kind = prometheus_client::metrics::MetricType::Gauge;
         let help = "When the certificate of an identity expires, in seconds since 1970";
@@ -208,7 +236,11 @@ impl Collector for Revocations {
         gauge("zspire_crl_rejected", "Whether the file as it is now is not in force", i64::from(stats.rejected))?;
         gauge("zspire_crl_lists", "Revocation lists in force", stats.lists as i64)?;
         gauge("zspire_crl_revoked_certificates", "Certificates that they revoke", stats.revoked as i64)?;
-        gauge("zspire_crl_expired_lists", "Those of the lists that have expired", stats.expired as i64)
+        gauge("zspire_crl_expired_lists", "Those of the lists that have expired", stats.expired as i64)?;
+        let Some(at) = stats.next_update else { return Ok(()) };
+        let seconds = at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let help = "When the first of the lists expires, in seconds since 1970";
+        gauge("zspire_crl_next_update_timestamp_seconds", help, seconds as i64)
     }
 }
 
@@ -233,6 +265,48 @@ impl Collector for Discovery {
             |values: &std::collections::BTreeMap<&'static str, u64>| values.iter().map(|(url, n)| (*url, *n)).collect();
         counter("xds_message", "Total number of messages received", "url", of(&stats.messages))?;
         counter("xds_message_bytes", "Total number of bytes received", "url", of(&stats.message_bytes))
+    }
+}
+
+/// How fresh discovery is: what upstream does not count.
+#[derive(Debug)]
+pub struct Freshness {
+    /// A client of a discovery server, if there is one.
+    pub stats: Option<zspire_xds::client::Stats>,
+    pub board: crate::discovery::Board,
+}
+
+impl Collector for Freshness {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let mut gauge = |name: &str, help: &str, value: f64| {
+            let metric = ConstGauge::new(value);
+            metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+        };
+        if let Some(stats) = self.stats.as_ref().map(zspire_xds::client::Stats::snapshot) {
+            gauge(
+                "zspire_xds_connected",
+                "Whether the discovery server answers",
+                f64::from(u8::from(stats.connected)),
+            )?;
+            if let Some(at) = stats.last_message {
+                let help = "Time since the last message of the discovery server; it sends none while nothing changes";
+                gauge("zspire_xds_last_message_age_seconds", help, at.elapsed().as_secs_f64())?;
+            }
+            if let Some(took) = stats.first_answer {
+                let help = "How long the discovery server took for the first answer of the newest stream";
+                gauge("zspire_xds_first_answer_seconds", help, took.as_secs_f64())?;
+            }
+        }
+        let Some(file) = self.board.status().file else { return Ok(()) };
+        let help = "Whether the mesh file as it is now is not in force";
+        gauge("zspire_mesh_file_rejected", help, f64::from(u8::from(file.is_rejected)))?;
+        let kind = prometheus_client::metrics::MetricType::Counter;
+        let help = "How often the mesh file was read again";
+        let mut reloads = encoder.encode_descriptor("zspire_mesh_file_reloads", help, None, kind)?;
+        for (result, count) in [("accepted", file.accepted), ("rejected", file.rejected)] {
+            ConstCounter::new(count).encode(reloads.encode_family(&[("result", result)])?)?;
+        }
+        Ok(())
     }
 }
 
@@ -268,4 +342,62 @@ async fn page(State(registry): State<Arc<Registry>>) -> Response {
         let _ = writeln!(text, "# the metrics cannot be written");
     }
     ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    fn page_of(collector: impl Collector) -> String {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(collector));
+        let mut page = String::new();
+        text::encode(&mut page, &registry).unwrap();
+        page
+    }
+
+    #[test]
+    fn revocation_lists_are_counted_only_where_there_are_any() {
+        assert_eq!(page_of(Revocations(zspire_identity::Revocation::default())), "# EOF\n");
+        let unknown = zspire_identity::revocation::Unknown::Deny;
+        let clock = Arc::new(zspire_identity::SystemClock);
+        let (revocation, _) = zspire_identity::revocation::follow("/nowhere/crl.pem", unknown, clock);
+        let page = page_of(Revocations(revocation));
+        for line in ["zspire_crl_load_failures_total 1", "zspire_crl_rejected 1", "zspire_crl_lists 0"] {
+            assert!(page.contains(line), "no {line} in {page}");
+        }
+    }
+
+    #[test]
+    fn the_histogram_of_requests_is_complete() {
+        #[derive(Debug)]
+        struct Nobody;
+        impl zspire_identity::Source for Nobody {
+            fn name(&self) -> &'static str {
+                "nobody"
+            }
+            fn watch(&self, _: &zspire_identity::WorkloadKey, _: zspire_identity::Priority) -> zspire_identity::Watch {
+                unreachable!("nobody asks")
+            }
+            fn forget(&self, _: &zspire_identity::WorkloadKey) {}
+            fn entries(&self) -> Vec<zspire_identity::Entry> {
+                Vec::new()
+            }
+            fn stats(&self) -> zspire_identity::Stats {
+                let refusals = [("Unavailable", 3)].into();
+                zspire_identity::Stats { refusals, ..Default::default() }
+            }
+        }
+        let page = page_of(Identities(Arc::new(Nobody)));
+        for line in [
+            "zspire_ca_request_failures_total{code=\"Unavailable\"} 3",
+            "zspire_ca_request_duration_seconds_bucket{le=\"0.005\"} 0",
+            "zspire_ca_request_duration_seconds_bucket{le=\"+Inf\"} 0",
+            "zspire_ca_request_duration_seconds_count 0",
+        ] {
+            assert!(page.contains(line), "no {line} in {page}");
+        }
+    }
 }

@@ -1,7 +1,8 @@
 //! Readiness: which parts of the proxy are still waited for, and why.
 //!
 //! A part takes a [`Blocker`] when it starts and gives it up when it is ready; while it waits it says what
-//! for. `GET :15021/healthz/ready` answers 200 when nothing blocks, else 503 with one line for each.
+//! for. A part whose state comes and goes is observed: it is asked whenever the page is. `GET :15021/healthz/ready` answers 200
+//! when nothing blocks, else 503, with a line for each part that blocks, and for each that needs an operator though it does not.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,19 +21,63 @@ use zspire_proxy::Known;
 #[derive(Debug, Clone)]
 pub struct Readiness {
     pending: Arc<Mutex<BTreeMap<&'static str, String>>>,
+    observed: Arc<Mutex<Vec<Observed>>>,
     started: Instant,
+}
+
+/// Something that an operator has to mend.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Whether the proxy is not ready because of it.
+    blocks: bool,
+    why: String,
+}
+
+impl Problem {
+    /// The proxy cannot serve.
+    pub fn blocks(why: impl Into<String>) -> Self {
+        Self { blocks: true, why: why.into() }
+    }
+
+    /// The proxy serves all the same.
+    pub fn note(why: impl Into<String>) -> Self {
+        Self { blocks: false, why: why.into() }
+    }
+}
+
+struct Observed {
+    part: &'static str,
+    ask: Box<dyn Fn() -> Option<Problem> + Send + Sync>,
+}
+
+impl std::fmt::Debug for Observed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Observed").field(&self.part).finish()
+    }
 }
 
 impl Readiness {
     /// Nothing blocks yet. `started` is when the process began.
     pub fn new(started: Instant) -> Self {
-        Self { pending: Arc::default(), started }
+        Self { pending: Arc::default(), observed: Arc::default(), started }
     }
 
     /// The proxy is not ready until the returned value is told so; a part that fails leaves it unready.
     pub fn block(&self, part: &'static str, why: impl Into<String>) -> Blocker {
         self.lock().insert(part, why.into());
         Blocker { part, readiness: self.clone() }
+    }
+
+    /// From now on `ask` says how a part is, whenever somebody wants to know. It must not block.
+    pub fn observe(&self, part: &'static str, ask: impl Fn() -> Option<Problem> + Send + Sync + 'static) {
+        let mut observed = self.observed.lock().unwrap_or_else(PoisonError::into_inner);
+        observed.push(Observed { part, ask: Box::new(ask) });
+    }
+
+    /// What observed parts say is wrong.
+    pub fn problems(&self) -> Vec<(&'static str, Problem)> {
+        let observed = self.observed.lock().unwrap_or_else(PoisonError::into_inner);
+        observed.iter().filter_map(|it| Some((it.part, (it.ask)()?))).collect()
     }
 
     /// What is waited for: part and reason. Empty: ready.
@@ -120,12 +165,18 @@ pub fn router(readiness: Readiness) -> Router {
 }
 
 async fn page(State(readiness): State<Readiness>) -> (StatusCode, String) {
-    let pending = readiness.pending();
-    if pending.is_empty() {
-        return (StatusCode::OK, "ready\n".to_owned());
+    let (mut blocking, mut notes) = (readiness.pending(), String::new());
+    for (part, problem) in readiness.problems() {
+        match problem.blocks {
+            true => blocking.push((part, problem.why)),
+            false => notes += &format!("note: {part}: {}\n", problem.why),
+        }
     }
-    let lines: String = pending.iter().map(|(part, why)| format!("{part}: {why}\n")).collect();
-    (StatusCode::SERVICE_UNAVAILABLE, lines)
+    if blocking.is_empty() {
+        return (StatusCode::OK, format!("ready\n{notes}"));
+    }
+    let lines: String = blocking.iter().map(|(part, why)| format!("{part}: {why}\n")).collect();
+    (StatusCode::SERVICE_UNAVAILABLE, lines + &notes)
 }
 
 #[cfg(test)]
@@ -146,5 +197,22 @@ mod tests {
         );
         xds.ready();
         assert!(readiness.pending().is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_is_observed_is_told_and_blocks_only_if_it_must() {
+        let readiness = Readiness::new(Instant::now());
+        let problem = Arc::new(Mutex::new(None));
+        let asked = problem.clone();
+        readiness.observe("lists", move || asked.lock().unwrap().clone());
+        let page = async |problem_now: Option<Problem>| {
+            *problem.lock().unwrap() = problem_now;
+            super::page(State(readiness.clone())).await
+        };
+        assert_eq!(page(None).await, (StatusCode::OK, "ready\n".into()));
+        let note = (StatusCode::OK, "ready\nnote: lists: old: replace them\n".into());
+        assert_eq!(page(Some(Problem::note("old: replace them"))).await, note);
+        let blocked = (StatusCode::SERVICE_UNAVAILABLE, "lists: none\n".into());
+        assert_eq!(page(Some(Problem::blocks("none"))).await, blocked);
     }
 }

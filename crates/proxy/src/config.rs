@@ -29,6 +29,8 @@ pub struct Config {
     pub response_baggage: bool,
     /// Whether decisions of policies are logged at level info instead of debug (`AUTHZ_POLICY_INFO_LOGGING`).
     pub policy_info_logging: bool,
+    /// How names are resolved for pods whose queries are redirected.
+    pub dns: crate::dns::Config,
     /// For connecting, for a TLS handshake, and for an answer over SOCKS.
     pub handshake_timeout: Duration,
     /// How long a connection waits for discovery to have told everything and to know the pod it belongs to.
@@ -51,6 +53,7 @@ impl Default for Config {
             localhost_app_tunnel: true,
             response_baggage: true,
             policy_info_logging: false,
+            dns: crate::dns::Config::default(),
             handshake_timeout: Duration::from_secs(10),
             workload_timeout: Duration::from_secs(5),
             handshakes: 1024,
@@ -94,6 +97,8 @@ pub struct Listeners {
     pub plaintext: SocketAddr,
     /// Applications that ask by SOCKS5; never anything but a loopback address.
     pub socks5: Option<SocketAddr>,
+    /// DNS queries, redirected.
+    pub dns: crate::dns::Listen,
 }
 
 impl Listeners {
@@ -108,6 +113,7 @@ impl Listeners {
             inbound: SocketAddr::new(ip, HBONE_PORT),
             plaintext: SocketAddr::new(ip, PLAINTEXT_PORT),
             socks5: socks5.then_some(SocketAddr::new(loopback, SOCKS5_PORT)),
+            dns: crate::dns::Listen::OFF,
         }
     }
 }

@@ -18,6 +18,7 @@ mod accept;
 mod admission;
 mod config;
 mod connect;
+pub mod dns;
 pub mod flow;
 mod inbound;
 mod live;

@@ -243,6 +243,7 @@ struct Inner {
     tunnels: AtomicI64,
     tunnel_waits: Counter,
     tunnels_awaited: AtomicI64,
+    dns: crate::dns::metrics::Metrics,
 }
 
 impl Default for Metrics {
@@ -262,6 +263,7 @@ impl Default for Metrics {
             tunnels: AtomicI64::new(0),
             tunnel_waits: Counter::default(),
             tunnels_awaited: AtomicI64::new(0),
+            dns: crate::dns::metrics::Metrics::default(),
         }))
     }
 }
@@ -270,6 +272,11 @@ impl Metrics {
     /// Registers upstream's metrics, in a registry with the prefix `istio`.
     pub fn register_upstream(&self, istio: &mut Registry) {
         istio.register_collector(Box::new(self.clone()));
+        self.0.dns.register(istio);
+    }
+
+    pub(crate) fn dns(&self) -> &crate::dns::metrics::Metrics {
+        &self.0.dns
     }
 
     /// Registers what upstream lacks, in a registry with the prefix `zspire`.

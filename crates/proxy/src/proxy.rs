@@ -24,7 +24,7 @@ use crate::pod::{Pod, PodSpec};
 use crate::resolve::Resolver;
 use crate::watch::Newest;
 use crate::workers::Workers;
-use crate::{inbound, outbound, plaintext, socks5};
+use crate::{dns, inbound, outbound, plaintext, socks5};
 
 /// Connections that wait to be accepted; the kernel may allow fewer.
 pub(crate) const BACKLOG: i32 = 4096;
@@ -99,6 +99,7 @@ struct Sockets4 {
     inbound: std::net::TcpListener,
     plaintext: std::net::TcpListener,
     socks5: Option<std::net::TcpListener>,
+    dns: Vec<dns::Sockets>,
 }
 
 impl Proxy {
@@ -152,16 +153,46 @@ struct Share {
 impl Share {
     /// The sockets of all workers.
     fn listen_all(&self, listeners: &mut Listeners) -> Result<Vec<Sockets4>, StartError> {
-        let Listeners { outbound, inbound, plaintext, socks5 } = listeners;
+        let Listeners { outbound, inbound, plaintext, socks5, dns } = listeners;
         let mut set = |first| {
             Ok(Sockets4 {
                 outbound: self.listen("outbound", outbound, first)?,
                 inbound: self.listen("inbound", inbound, first)?,
                 plaintext: self.listen("plaintext inbound", plaintext, first)?,
                 socks5: socks5.as_mut().map(|at| self.listen("SOCKS5", at, first)).transpose()?,
+                dns: self.listen_dns(dns, first)?,
             })
         };
         (0..self.workers).map(|worker| set(worker == 0)).collect()
+    }
+
+    /// Listens for queries. Not every pod has IPv6 on loopback, and one without goes on without.
+    fn listen_dns(&self, at: &mut dns::Listen, first: bool) -> Result<Vec<dns::Sockets>, StartError> {
+        let mut sockets = Vec::new();
+        if let Some(address) = &mut at.first {
+            sockets.push(self.listen_dns_at(address, first)?);
+        }
+        if let Some(mut address) = at.second {
+            match self.listen_dns_at(&mut address, first) {
+                Ok(listening) => {
+                    at.second = Some(address);
+                    sockets.push(listening);
+                }
+                Err(error) => {
+                    tracing::info!(%error, "DNS queries of a pod are taken over IPv4 only");
+                    at.second = None;
+                }
+            }
+        }
+        Ok(sockets)
+    }
+
+    fn listen_dns_at(&self, address: &mut SocketAddr, first: bool) -> Result<dns::Sockets, StartError> {
+        // The port that the kernel chose for one is the port of both.
+        let tcp = self.listen("DNS over TCP", address, first)?;
+        let failed = |cause| StartError::Listen { what: "DNS", address: *address, cause };
+        let udp = dns::datagrams(*address, self.mark, self.workers > 1 || self.overlap).map_err(failed)?;
+        Ok(dns::Sockets { udp, tcp })
     }
 
     /// Listens, and notes the port that the kernel chose for the other workers.
@@ -207,6 +238,7 @@ async fn serve(pod: Pod, sockets: Sockets4, cut: CancellationToken, _running: Ta
             accept(sockets.inbound, &pod, inbound::serve),
             accept(sockets.plaintext, &pod, plaintext::serve),
             socks5,
+            dns::serve(&pod, &pod.shared().config.dns, sockets.dns),
         );
         pod.drain().cancelled().await;
         pod.tunnels().retire_all();

@@ -100,7 +100,7 @@ pub enum Error {
         source: io::Error,
     },
     /// Too slow.
-    #[error("connecting to {target} took longer than {} s", CONNECT_TIMEOUT.as_secs())]
+    #[error("connecting to {target} took longer than {} s: check the address, and that no firewall drops what is sent there", CONNECT_TIMEOUT.as_secs())]
     Timeout {
         /// Host and port.
         target: String,
@@ -115,6 +115,8 @@ pub enum Error {
         path: PathBuf,
     },
     /// The handshake failed.
-    #[error("TLS with the control plane failed")]
+    #[error(
+        "TLS with the control plane failed: check that its roots (CA_ROOT_CA, XDS_ROOT_CA) are those of its CA, and its name"
+    )]
     Tls(#[source] tls::Error),
 }

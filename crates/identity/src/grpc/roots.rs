@@ -151,7 +151,7 @@ pub enum Error {
         source: io::Error,
     },
     /// It does not hold certificates.
-    #[error("{} does not hold root certificates in PEM", .path.display())]
+    #[error("{} does not hold root certificates in PEM: replace it with the root of the control plane", .path.display())]
     Content {
         /// The file.
         path: PathBuf,
@@ -160,13 +160,15 @@ pub enum Error {
         source: pem::Error,
     },
     /// The inline PEM is broken.
-    #[error("the root certificates given inline cannot be used")]
+    #[error(
+        "the root certificates given inline cannot be used: CA_ROOT_CA and XDS_ROOT_CA take a path, SYSTEM, or PEM"
+    )]
     Inline(#[source] pem::Error),
     /// The operating system has none.
     #[error("the operating system has no root certificates ({0}): install ca-certificates")]
     System(String),
     /// Parsed as PEM, but no usable certificate among them.
-    #[error("none of the root certificates can be used")]
+    #[error("none of the root certificates can be used: give those of the control plane (CA_ROOT_CA, XDS_ROOT_CA)")]
     Unusable,
     /// The server is not the one that the join token was made by.
     #[error(

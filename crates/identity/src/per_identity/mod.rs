@@ -45,12 +45,20 @@ pub struct Failure {
     pub reason: &'static str,
     /// The whole story, with causes.
     pub why: Str,
+    /// gRPC's name of the code, if the request ended with one.
+    pub code: Option<&'static str>,
 }
 
 impl Failure {
     /// A failure with its reason and its story.
     pub fn new(reason: &'static str, why: impl Into<Str>) -> Self {
-        Self { reason, why: why.into() }
+        Self { reason, why: why.into(), code: None }
+    }
+
+    /// The same with the code that the request ended with.
+    #[must_use]
+    pub fn with_code(self, code: &'static str) -> Self {
+        Self { code: Some(code), ..self }
     }
 }
 

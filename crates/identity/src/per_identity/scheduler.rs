@@ -203,7 +203,9 @@ impl Scheduler {
 
     /// What became of a request.
     pub(super) fn finish(&mut self, job: Job, result: Result<Arc<Credentials>, Failure>, now: Now) {
-        self.flights.remove(&job.ticket);
+        if let Some(begun) = self.flights.remove(&job.ticket) {
+            self.stats.latency.observe(now.mono.duration_since(begun));
+        }
         let Some(slot) = self.slots.get_mut(&job.id) else { return };
         if !matches!(slot.phase, Phase::Flying { ticket } if ticket == job.ticket) {
             return;
@@ -238,6 +240,8 @@ impl Scheduler {
         stats.queued = self.queue.len();
         stats.in_flight = self.flights.len();
         stats.expiry = self.expiries.iter().map(|(at, id)| (id.clone(), *at)).collect();
+        let ready = |id: &SpiffeId| self.slots.get(id)?.states.borrow().credentials().map(|it| it.not_before());
+        stats.since = self.expiries.iter().filter_map(|(_, id)| Some((id.clone(), ready(id)?))).collect();
         stats
     }
 
@@ -262,6 +266,9 @@ impl Scheduler {
 
     fn failed(&mut self, id: &SpiffeId, failure: &Failure, now: Now) {
         *self.stats.failures.entry(failure.reason).or_default() += 1;
+        if let Some(code) = failure.code {
+            *self.stats.refusals.entry(code).or_default() += 1;
+        }
         let slot = self.slots.get_mut(id).expect("the caller looked it up");
         slot.failures = slot.failures.saturating_add(1);
         slot.last_error = Some(failure.why.clone());

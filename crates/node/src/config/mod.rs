@@ -19,6 +19,7 @@ use options as opt;
 use options::{Values, Variable};
 use zspire_identity::spire::{Endpoint, EndpointError};
 use zspire_model::SpiffeId;
+use zspire_proxy::dns::Listen;
 
 /// A setting that cannot be used, with the variable to mend.
 #[derive(Debug, thiserror::Error)]
@@ -241,6 +242,7 @@ pub struct Config {
     pub state_dir: PathBuf,
     pub ipv6: bool,
     pub socks5: bool,
+    pub dns: zspire_proxy::dns::Listen,
     pub packet_mark: Option<u32>,
     pub original_source: OriginalSource,
     pub localhost_app_tunnel: bool,
@@ -317,6 +319,7 @@ impl Config {
             state_dir: text(v, &opt::ZSPIRE_STATE_DIR, "./var/lib/zspire").into(),
             ipv6: value::flag(v, &opt::IPV6_ENABLED, true)?,
             socks5: value::flag(v, &opt::UNSTABLE_ENABLE_SOCKS5, false)?,
+            dns: dns(v)?,
             packet_mark: value::parsed(v, &opt::PACKET_MARK, "a number up to 4294967295")?.or(shared.then_some(1337)),
             original_source: match value::parsed::<bool>(v, &opt::ENABLE_ORIG_SRC, "true or false")? {
                 None => OriginalSource::WhenAllowed,
@@ -618,6 +621,25 @@ fn token(v: &Values) -> Option<Token> {
 /// A path looks like one; everything else is the token itself. Tokens hold no slash: JWTs are base64url.
 fn file_or_literal(given: &str) -> Token {
     if given.contains('/') { Token::File(given.into()) } else { Token::Literal(given.trim().to_owned()) }
+}
+
+fn dns(v: &Values) -> Result<Listen, Error> {
+    if !value::flag(v, &opt::ISTIO_META_DNS_CAPTURE, true)? {
+        return Ok(Listen::OFF);
+    }
+    let text = v.get(&opt::ISTIO_META_DNS_PROXY_ADDR).unwrap_or("localhost:15053");
+    let expected = || value::error(&opt::ISTIO_META_DNS_PROXY_ADDR, text, "expected localhost:port, or address:port");
+    if let Some(port) = text.strip_prefix("localhost:") {
+        let port = port.parse().map_err(|_| expected())?;
+        let ipv6 = value::flag(v, &opt::IPV6_ENABLED, true)?;
+        // With an address of its own a proxy shares a namespace with others, and loopback with them too.
+        let bind: Option<IpAddr> = value::parsed(v, &opt::ZSPIRE_BIND_ADDRESS, "an IP address")?;
+        return Ok(match bind.filter(IpAddr::is_loopback) {
+            Some(own) => Listen::on(SocketAddr::new(own, port)),
+            None => Listen::on_loopback(port, ipv6),
+        });
+    }
+    text.parse().map(Listen::on).map_err(|_| expected())
 }
 
 fn unknown_status(v: &Values) -> Result<UnknownStatus, Error> {

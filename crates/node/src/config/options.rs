@@ -76,7 +76,7 @@ table! {
         CRL_UNKNOWN_STATUS = "deny": "What to do with a certificate of which no current list says anything: `deny` or `allow`.";
         TLS12_ENABLED = "false": "Allow TLS 1.2 with ECDHE and AES-GCM between proxies.";
         COMPLIANCE_POLICY = "": "`pqc`: nothing but X25519MLKEM768 for key exchange.";
-        ZSPIRE_JOIN_TOKEN = "": "Token by which this node joins a zspire control plane: a file or the token itself; used once, then the certificate in ZSPIRE_STATE_DIR serves.";
+        ZSPIRE_JOIN_TOKEN = "": "Token by which this node joins a zspire control plane: a file or the token itself; used once, then the certificate in ZSPIRE_STATE_DIR serves. A token that the control plane refuses is not tried again: the process stays up, says so on the readiness page, and takes up another token when the file changes.";
         ZSPIRE_STATE_DIR = "./var/lib/zspire": "Folder for what the proxy keeps between starts (mode 0700): the node's own certificate and key after a join.";
     }
     "Identities from SPIRE (IDENTITY_SOURCE=spire-broker, spire-delegated, workload-api)" {
@@ -92,6 +92,8 @@ table! {
     "Data plane" {
         IPV6_ENABLED = "true": "Listen on IPv6 as well.";
         UNSTABLE_ENABLE_SOCKS5 = "false": "Open the SOCKS5 listener (15080, loopback).";
+        ISTIO_META_DNS_CAPTURE = "true": "Resolve names for pods whose queries are redirected: those of the mesh from the mesh, others by the servers in the proxy's own /etc/resolv.conf.";
+        ISTIO_META_DNS_PROXY_ADDR = "localhost:15053": "Where queries are taken, in the pod: `localhost:port`, or an address and a port.";
         PACKET_MARK = "1337 shared, none dedicated": "SO_MARK of the proxy's own sockets, by which redirection rules exempt them.";
         ENABLE_ORIG_SRC = "when the process may": "Keep the source address of captured connections: `true` insists, `false` never does.";
         LOCALHOST_APP_TUNNEL = "true": "Deliver connections of an application tunnel to the loopback address.";

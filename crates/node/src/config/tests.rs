@@ -33,6 +33,25 @@ fn addresses_follow_kubernetes_mesh_config_and_environment() {
 }
 
 #[test]
+fn revocation_and_dns() {
+    let config = load(&[]).unwrap();
+    assert_eq!((config.crl_path, config.crl_unknown), (None, UnknownStatus::Deny));
+    assert_eq!(config.dns, Listen::on_loopback(15053, true));
+    let dns = |pairs: &[(&str, &str)]| load(pairs).map(|config| config.dns);
+    assert_eq!(dns(&[("ISTIO_META_DNS_CAPTURE", "false")]), Ok(Listen::OFF));
+    assert_eq!(dns(&[("IPV6_ENABLED", "false")]), Ok(Listen::on_loopback(15053, false)));
+    let on = |text: &str| Ok(Listen::on(text.parse().unwrap()));
+    assert_eq!(dns(&[("ZSPIRE_BIND_ADDRESS", "127.0.0.7")]), on("127.0.0.7:15053"));
+    assert_eq!(dns(&[("ISTIO_META_DNS_PROXY_ADDR", "[::1]:53")]), on("[::1]:53"));
+    let error = dns(&[("ISTIO_META_DNS_PROXY_ADDR", "here")]).unwrap_err();
+    assert_eq!(error, "ISTIO_META_DNS_PROXY_ADDR=\"here\": expected localhost:port, or address:port");
+    let lists = load(&[("CRL_PATH", "/crl.pem"), ("CRL_UNKNOWN_STATUS", "allow")]).unwrap();
+    assert_eq!((lists.crl_path, lists.crl_unknown), (Some("/crl.pem".into()), UnknownStatus::Allow));
+    let error = load(&[("CRL_UNKNOWN_STATUS", "maybe")]).unwrap_err();
+    assert_eq!(error, "CRL_UNKNOWN_STATUS=\"maybe\": expected deny or allow");
+}
+
+#[test]
 fn a_local_file_replaces_the_default_discovery_server() {
     let config = load(&[("LOCAL_XDS_PATH", "mesh.yaml")]).unwrap();
     assert_eq!(config.local_xds, Some(LocalXds::Path("mesh.yaml".into())));

@@ -37,6 +37,7 @@ pub struct Settings {
     pub cluster_id: String,
     pub ipv6: bool,
     pub socks5: bool,
+    pub dns: zspire_proxy::dns::Listen,
     /// Whether a proxy of an older process may serve the same pods meanwhile.
     pub overlap: bool,
     /// How long live connections may go on.
@@ -188,7 +189,7 @@ impl Launcher for PodLauncher {
         let spec = PodSpec {
             uid: uid.into(),
             local: local.clone(),
-            listeners: Listeners::well_known(None, ipv6, self.settings.socks5),
+            listeners: Listeners { dns: self.settings.dns, ..Listeners::well_known(None, ipv6, self.settings.socks5) },
             place: Some(place),
             overlap: self.settings.overlap,
         };

@@ -11,6 +11,8 @@ use zspire_wire::discovery::Node;
 /// Configuration of a client.
 #[derive(Debug, Clone)]
 pub struct Config {
+    /// The server, for the log.
+    pub server: String,
     /// How the client names itself; see [`Config::node_id`].
     pub node_id: String,
     /// What it says of itself besides: `NAME`, `NAMESPACE`, `INSTANCE_IPS`, `NODE_NAME`, `CLUSTER_ID`…
@@ -34,6 +36,7 @@ impl Config {
     /// A client with a name, and the defaults for all else.
     pub fn new(node_id: impl Into<String>) -> Self {
         Self {
+            server: "the discovery server".into(),
             node_id: node_id.into(),
             node_metadata: BTreeMap::new(),
             on_demand: false,

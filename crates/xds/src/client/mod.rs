@@ -138,7 +138,8 @@ where
             };
             self.stats.terminated(end.reason);
             let wait = backoff.after(started.elapsed());
-            tracing::warn!(reason = end.reason.as_str(), error = %end.why, retry_in = ?wait, "discovery stream ended");
+            let (server, reason) = (&self.config.server, end.reason.as_str());
+            tracing::warn!(server, reason, error = %end.why, retry_in = ?wait, "discovery stream ended");
             last_error = Some(end.why);
             tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -154,7 +155,8 @@ where
         let outgoing = futures::stream::iter(opening).chain(ReceiverStream::new(outgoing));
         let mut client = AggregatedDiscoveryServiceClient::new(self.service.clone())
             .max_decoding_message_size(self.config.max_message);
-        let deadline = Instant::now() + self.config.answer_timeout;
+        let begun = Instant::now();
+        let deadline = begun + self.config.answer_timeout;
         let mut responses = match timeout(self.config.answer_timeout, client.delta_aggregated_resources(outgoing)).await
         {
             Ok(Ok(response)) => response.into_inner(),
@@ -168,6 +170,7 @@ where
                 Event::Response(Ok(Some(response))) => {
                     if !connected {
                         connected = true;
+                        self.stats.connected(begun.elapsed());
                         sink.state(Status::Connected);
                     }
                     Some(self.receive(response, sink).await)
@@ -266,5 +269,23 @@ fn explain(status: &GrpcStatus) -> String {
         }
         cause = error.source();
     }
+    if let Some(hint) = hint(status.code()) {
+        text.push_str("; ");
+        text.push_str(hint);
+    }
     text
+}
+
+/// What an operator can look at.
+fn hint(code: tonic::Code) -> Option<&'static str> {
+    use tonic::Code;
+    match code {
+        Code::Unauthenticated | Code::PermissionDenied => {
+            Some("check the token (AUTH_TOKEN) or the node's certificate, and that the server trusts its issuer")
+        }
+        Code::Unimplemented => Some("check that the address (XDS_ADDRESS) is that of a discovery server"),
+        Code::Unavailable => Some("check the address (XDS_ADDRESS), and that the server runs"),
+        Code::ResourceExhausted => Some("the server or a limit of messages is too small for this mesh"),
+        _ => None,
+    }
 }

@@ -2,6 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::codec::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 
@@ -18,6 +21,12 @@ pub struct Snapshot {
     pub messages: BTreeMap<&'static str, u64>,
     /// Bytes of the responses (`xds_message_bytes`), by type URL.
     pub message_bytes: BTreeMap<&'static str, u64>,
+    /// Whether the server has answered on the stream that there is.
+    pub connected: bool,
+    /// When the last response came.
+    pub last_message: Option<Instant>,
+    /// How long the server took for the first answer of the newest stream that it answered.
+    pub first_answer: Option<Duration>,
 }
 
 /// Why a stream ended.
@@ -49,13 +58,24 @@ impl Stats {
     }
 
     pub(super) fn terminated(&self, reason: Termination) {
-        self.with(|counters| *counters.connection_terminations.entry(reason).or_default() += 1);
+        self.with(|counters| {
+            counters.connected = false;
+            *counters.connection_terminations.entry(reason).or_default() += 1;
+        });
+    }
+
+    pub(super) fn connected(&self, after: Duration) {
+        self.with(|counters| {
+            counters.connected = true;
+            counters.first_answer = Some(after);
+        });
     }
 
     pub(super) fn message(&self, type_url: &str, bytes: usize) {
         // What the server makes up must not become labels.
         let url = [ADDRESS_TYPE, AUTHORIZATION_TYPE].into_iter().find(|url| *url == type_url).unwrap_or("unknown");
         self.with(|counters| {
+            counters.last_message = Some(Instant::now());
             *counters.messages.entry(url).or_default() += 1;
             *counters.message_bytes.entry(url).or_default() += bytes as u64;
         });

@@ -63,6 +63,7 @@ async fn later_answers_change_what_they_name() {
     assert_eq!(world.batches[2], ["-s a/h", "+w c//Pod/a/2"]);
     assert_eq!(world.synced, 1);
     let messages = client.stats.snapshot();
+    assert!(messages.connected && messages.first_answer.is_some() && messages.last_message.is_some());
     assert_eq!(messages.messages[ADDRESS_TYPE], 2);
     assert!(messages.message_bytes[ADDRESS_TYPE] > 50);
 }
@@ -211,8 +212,10 @@ async fn a_new_stream_says_what_is_known_and_hears_what_vanished() {
         client::Status::Connecting { attempt: 1, last_error } => last_error.clone(),
         _ => None,
     });
-    assert!(lost.unwrap().contains("restarting"));
-    assert_eq!(client.stats.snapshot().connection_terminations[&Termination::Error], 1);
+    let lost = lost.unwrap();
+    assert!(lost.contains("restarting; check the address (XDS_ADDRESS), and that the server runs"), "{lost}");
+    let stats = client.stats.snapshot();
+    assert_eq!((stats.connection_terminations[&Termination::Error], stats.connected), (1, true));
 }
 
 /// It shows by sending again what the client said it has.
@@ -294,5 +297,6 @@ async fn it_tries_again_with_growing_random_waits() {
     let Some(client::Status::Connecting { attempt, last_error }) = client.world.borrow().states.get(3).cloned() else {
         panic!()
     };
-    assert_eq!((attempt, last_error.as_deref()), (3, Some("nobody there")));
+    let expected = "nobody there; check the address (XDS_ADDRESS), and that the server runs";
+    assert_eq!((attempt, last_error.as_deref()), (3, Some(expected)));
 }

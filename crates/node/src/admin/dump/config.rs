@@ -8,7 +8,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::BuildInfo;
-use crate::config::{Compliance, Config, IdentitySource, LocalXds, Mode, OriginalSource, RootCert, Server, Token};
+use crate::config::{
+    Compliance, Config, IdentitySource, LocalXds, Mode, OriginalSource, RootCert, Server, Token, UnknownStatus,
+};
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -103,6 +105,8 @@ fn servers(c: &Config, all: &mut BTreeMap<&str, Value>) {
         ("secretTtl", duration(c.secret_ttl)),
         ("preferedServiceNamespace", json!(c.preferred_service_namespace)),
         ("tls12Enabled", json!(c.tls12)),
+        ("crlPath", json!(c.crl_path.as_deref().map(path))),
+        ("crlUnknownStatus", json!(if c.crl_unknown == UnknownStatus::Deny { "deny" } else { "allow" })),
         ("compliancePolicy", json!(matches!(c.compliance, Compliance::Pqc).then_some("pqc"))),
     ]);
 }
@@ -121,6 +125,8 @@ fn data_plane(c: &Config, all: &mut BTreeMap<&str, Value>) {
         ("inboundPlaintextAddr", json!(listen(15006))),
         ("inboundAddr", json!(listen(15008))),
         ("socks5Addr", json!(c.socks5.then_some("127.0.0.1:15080"))),
+        ("dnsProxyAddr", json!(c.dns.first.map(|address| address.to_string()))),
+        ("dnsProxy", json!(c.dns.first.is_some())),
         ("illegalPorts", json!(zspire_proxy::ILLEGAL_PORTS)),
         ("ipv6Enabled", json!(c.ipv6)),
         ("packetMark", json!(c.packet_mark)),
