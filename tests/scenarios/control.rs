@@ -45,6 +45,46 @@ fn control_plane_down_at_the_start_is_told_and_waited_for() {
     });
 }
 
+/// The process stays up and says so, and takes up another token from the file.
+#[test]
+fn join_token_that_is_refused_is_not_shown_again() {
+    scenario(|| {
+        let mesh = mesh().control_plane().node("a").pod("client").pod(captured("server").not_started()).start();
+        let server = mesh.pod("server");
+        let path = mesh.path("server.token");
+        let good = std::fs::read(&path).unwrap();
+        // The client has joined with it.
+        std::fs::copy(mesh.path("client.token"), &path).unwrap();
+        server.start();
+        until("readiness to say what is wrong", || match server.readiness() {
+            Err(why) if why.contains("the join token is of no use") && why.contains("make a new one") => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+        std::fs::write(&path, good).unwrap();
+        server.wait_until_ready();
+    });
+}
+
+/// It is told, and the proxy goes on with the mesh that it has.
+#[test]
+fn mesh_file_that_cannot_be_used_is_told_and_changes_nothing() {
+    scenario(|| {
+        let mesh = mesh().node("a").pod("client").pod("server").start();
+        let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+        let good = mesh.file();
+        let _app = server.greet();
+        for bad in ["", "{\"workloads\": 5}"] {
+            mesh.write_file(bad);
+            client.metric(&["zspire_mesh_file_rejected 1"]);
+            assert!(client.readiness().is_ok(), "it serves");
+            client.reaches(server.app());
+            mesh.write_file(&good);
+            client.metric(&["zspire_mesh_file_rejected 0"]);
+        }
+        client.metric(&["zspire_mesh_file_reloads_total", "rejected", " 2"]);
+    });
+}
+
 /// The mesh is a file here: only certificates need the control plane.
 #[test]
 fn without_a_ca_plaintext_goes_on_and_tunnels_say_why_not() {

@@ -10,6 +10,7 @@ mod control;
 mod cutting;
 mod drain;
 mod limits;
+mod names;
 mod paths;
 mod peers;
 mod policy;

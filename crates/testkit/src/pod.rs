@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use zspire_sys::netns::Netns;
+use zspire_sys::nft::Redirection;
 use zspire_sys::process::in_netns;
 use zspire_sys::topology;
 
@@ -220,6 +221,13 @@ impl Pod {
     pub fn dump(&self) -> Value {
         let answer = self.http(ADMIN, "GET /config_dump", &[]).expect("the admin port answers");
         serde_json::from_str(&answer.body).expect("the dump is JSON")
+    }
+
+    /// From now on its DNS queries are redirected too.
+    #[track_caller]
+    pub fn redirect_dns(&self) {
+        let rules = Redirection { dns: Some(15053), ..Redirection::default() };
+        self.run(|| rules.apply()).expect("a pod's queries can be redirected");
     }
 
     /// An answer of its proxy's admin port.

@@ -54,7 +54,9 @@ async fn a_token_is_for_one_use() {
     let running = Running::start().await;
     let token = running.token("a");
     Node::join(running.join_config("a"), &token).await.unwrap();
-    let error = Node::join(running.join_config("a"), &token).await.unwrap_err().to_string();
+    let error = Node::join(running.join_config("a"), &token).await.unwrap_err();
+    assert!(error.is_final(), "the token is of no use any more");
+    let error = error.to_string();
     assert!(error.contains("the join token has been used already: make a new one with"), "{error}");
     assert!(error.contains("(Unauthenticated)"), "{error}");
     assert_eq!(running.metric("zspire_control_plane_join_tokens_total{result=\"used\"}").await, 1);
@@ -124,7 +126,9 @@ async fn a_token_names_the_root_of_its_control_plane() {
     let token = one.token("a");
     let roots = pem::certificates(&std::fs::read(one.roots()).unwrap()).unwrap();
     assert_eq!(*token.root(), fingerprint(&roots[0]));
-    let error = Node::join(other.join_config("a"), &token).await.unwrap_err().to_string();
+    let error = Node::join(other.join_config("a"), &token).await.unwrap_err();
+    assert!(!error.is_final(), "the right server may answer next time");
+    let error = error.to_string();
     assert!(error.contains("TLS with the control plane failed"), "{error}");
 }
 
