@@ -4,7 +4,7 @@ SHELL := /bin/bash
 CACHE := $(or $(ZSPIRE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/zspire)
 export PATH := $(PATH):/usr/sbin:/sbin:$(CACHE)/tools-1/bin
 
-.PHONY: help demo test check bench fuzz docs clean
+.PHONY: help demo test soak check bench fuzz docs clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,11 @@ test: ## run every test that a change must pass
 	@scripts/install test
 	cargo build --locked -p zspire
 	cargo nextest run --locked --workspace $(ARGS)
+
+soak: ## the long forms of two tests: 100 handovers under load, pods that come and go for two minutes
+	@scripts/install test
+	cargo build --locked -p zspire
+	ZSPIRE_SOAK_HANDOVERS=100 ZSPIRE_SOAK_CHURN=120 cargo nextest run --locked -p zspire-scenarios --profile soak handover $(ARGS)
 
 check: ## formatting, lints, licences and sources of dependencies, the crate graph, generated documents
 	@scripts/install check

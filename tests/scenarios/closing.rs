@@ -39,7 +39,9 @@ fn on_every_way(check: fn(client: TcpStream, server: TcpStream)) {
             let pod = mesh.pod(name);
             zspire_testkit::until("the table of connections to be empty", || {
                 let state = pod.dump()["workloadState"].clone();
-                let connections = &state[format!("test/{name}")]["connections"];
+                let of_pod = |state: &&serde_json::Value| state["info"]["name"] == name;
+                let pods = state.as_object().into_iter().flat_map(|pods| pods.values());
+                let connections = pods.clone().find(of_pod).expect("the pod is served")["connections"].clone();
                 let empty =
                     ["inbound", "outbound"].iter().all(|way| connections[way].as_array().is_some_and(Vec::is_empty));
                 if empty { Ok(()) } else { Err(state) }

@@ -9,6 +9,8 @@ mod closing;
 mod control;
 mod cutting;
 mod drain;
+mod enroll;
+mod handover;
 mod limits;
 mod names;
 mod paths;
@@ -24,6 +26,36 @@ mod telling;
 mod waypoints;
 mod wire;
 mod zds;
+
+/// The same once more with one proxy on each node, at whose agent the pods are enrolled: what a test is called says it.
+#[path = "."]
+#[allow(clippy::duplicate_mod, reason = "a scenario is about what a connection comes to, not about who serves it")]
+mod shared {
+    #[path = "closing.rs"]
+    mod closing;
+    #[path = "control.rs"]
+    mod control;
+    #[path = "drain.rs"]
+    mod drain;
+    #[path = "paths.rs"]
+    mod paths;
+    #[path = "peers.rs"]
+    mod peers;
+    #[path = "policy.rs"]
+    mod policy;
+    #[path = "ports.rs"]
+    mod ports;
+    #[path = "settings.rs"]
+    mod settings;
+    #[path = "socks5.rs"]
+    mod socks5;
+    #[path = "surviving.rs"]
+    mod surviving;
+    #[path = "telling.rs"]
+    mod telling;
+    #[path = "wire.rs"]
+    mod wire;
+}
 
 use std::path::Path;
 

@@ -149,7 +149,7 @@ fn nothing_that_is_secret_is_shown() {
 fn no_key_or_token_of_a_control_plane_is_shown() {
     scenario(|| {
         let mesh = mesh().control_plane().node("a").pod(captured("client").with("RUST_LOG", "debug")).start();
-        let token = std::fs::read_to_string(mesh.path("client.token")).unwrap();
+        let token = mesh.token(&mesh.pod("client"));
         let all = everything(&mesh, "client") + &std::fs::read_to_string(mesh.path("control-plane.log")).unwrap();
         assert!(token.trim().len() > 20, "{token}");
         assert!(!all.contains(token.trim()), "the join token is shown");

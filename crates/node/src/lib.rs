@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+pub mod agent;
 mod assembly;
 pub mod config;
 mod descriptor;

@@ -137,6 +137,17 @@ pub fn hold(netns: &Netns, path: &Path) -> io::Result<()> {
     })
 }
 
+/// Lets go of everything that is kept in a folder: files named `*.netns`.
+pub fn release_all(folder: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "netns") {
+            release(&path)?;
+        }
+    }
+    Ok(())
+}
+
 /// Lets go of what is kept at a path, if anything.
 pub fn release(path: &Path) -> io::Result<()> {
     match umount2(path, MntFlags::MNT_DETACH) {

@@ -2,11 +2,15 @@
 //!
 //! They are what Istio's node agent programs there, as one `nft` table with a name of our own, so that both can be
 //! told apart and ours is replaced as a whole. When to apply them is the caller's matter.
+//!
+//! Redirection alone is about first packets: a connection that is older than the rules, or a packet that the kernel's
+//! connection tracking takes for no part of any, is not redirected. So there are chains beside it that let nothing leave
+//! and nothing in but what is the proxy's: an older connection is reset on both sides at its next packet.
 
 use std::net::IpAddr;
 
 pub use crate::program::Error;
-use crate::program::{IP, NFT};
+use crate::program::{IP, NFT, SS};
 use crate::socket;
 
 /// Upstream compares and sets only these bits of a mark and leaves the others to the network plugin.
@@ -60,9 +64,50 @@ impl Redirection {
             "  chain prerouting-mark {{\n    type filter hook prerouting priority mangle; policy accept;\n\
              \x20   {ours} ct mark set ct mark & {keep:#x} | {ORIGINAL_SOURCE:#x}\n  }}\n\
              \x20 chain output-mark {{\n    type route hook output priority mangle; policy accept;\n\
-             \x20   ct mark & {MASK:#x} == {ORIGINAL_SOURCE:#x} meta mark set ct mark\n  }}\n"
+             \x20   ct mark & {MASK:#x} == {ORIGINAL_SOURCE:#x} meta mark set ct mark\n\
+             \x20   {ours} ct mark & {mask:#x} == 0 ct mark set ct mark | {mark:#x}\n  }}\n"
         );
-        format!("{}table inet zspire {{\n{nat}{mangle}{}}}\n", remove_script(), self.dns_zones(&ours))
+        let refusal = self.refusal(&ours, &format!("ct mark & {mask:#x} == {mark:#x}"));
+        format!("{}table inet zspire {{\n{nat}{mangle}{refusal}{}}}\n", remove_script(), self.dns_zones(&ours))
+    }
+
+    /// Refuses what neither is the proxy's nor was given to it. `ours` matches packets that the proxy sends, `our_connection`
+    /// those of connections that it has opened.
+    fn refusal(&self, ours: &str, our_connection: &str) -> String {
+        // Resets carry nothing, and without them a refusal would be no more than silence.
+        const RESETS: &str = "tcp flags & rst == rst accept";
+        let exempt = |which: &str| {
+            self.exempt_sources.iter().map(|ip| format!("{} {which} {ip} accept", family(ip))).collect::<Vec<_>>()
+        };
+        // Where incoming connections are left alone, the application answers them itself.
+        let answers = self.inbound.is_none().then(|| "ct direction reply accept".to_owned());
+        let mut leaving = vec!["meta l4proto != tcp accept".to_owned(), "oifname \"lo\" accept".into()];
+        leaving.extend([format!("{ours} accept"), RESETS.into()]);
+        leaving.extend(exempt("daddr"));
+        leaving.extend(answers);
+        // Before it is routed anew, what is redirected still seems to leave.
+        let mut said = leaving.clone();
+        said.push(format!("meta mark & {MASK:#x} == {ORIGINAL_SOURCE:#x} accept"));
+        said.extend(["ct status dnat accept".into(), "reject with tcp reset".into()]);
+        leaving.push("drop".into());
+        let mut text = format!(
+            "  chain refuse-output {{\n    type filter hook output priority filter; policy accept;\n{}  }}\n\
+             \x20 chain refuse-postrouting {{\n    type filter hook postrouting priority filter; policy accept;\n{}  }}\n",
+            lines(&said),
+            lines(&leaving),
+        );
+        if let Some(inbound) = self.inbound {
+            let mut coming = vec!["meta l4proto != tcp accept".to_owned(), "iifname \"lo\" accept".into()];
+            coming.push(format!("tcp dport {{ {inbound}, {} }} accept", self.hbone));
+            coming.extend([format!("{our_connection} accept"), RESETS.into()]);
+            coming.extend(exempt("saddr"));
+            coming.push("reject with tcp reset".into());
+            text += &format!(
+                "  chain refuse-input {{\n    type filter hook input priority filter; policy accept;\n{}  }}\n",
+                lines(&coming)
+            );
+        }
+        text
     }
 
     fn prerouting(&self, ours: &str) -> Vec<String> {
@@ -131,6 +176,15 @@ impl Redirection {
         }
         Ok(())
     }
+}
+
+/// Ends the TCP connections that there are in the calling thread's network namespace, those of its loopback apart: both ends are
+/// told at once. The kernel may have been built without this (`CONFIG_INET_DIAG_DESTROY`), which is no error. Needs
+/// `CAP_NET_ADMIN`.
+pub fn end_connections() -> Result<(), Error> {
+    let all = ["-K", "-t", "-n", "-H", "state", "connected"];
+    let but = ["not", "(", "dst", "127.0.0.0/8", "or", "dst", "[::1]", ")"];
+    SS.run(None, &[&all[..], &but].concat(), "").map(drop)
 }
 
 /// Matches what is addressed to the pod's own loopback.

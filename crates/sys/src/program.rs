@@ -49,6 +49,7 @@ pub(crate) struct Program {
 }
 
 pub(crate) const IP: Program = Program { name: "ip", package: "iproute2" };
+pub(crate) const SS: Program = Program { name: "ss", package: "iproute2" };
 pub(crate) const NFT: Program = Program { name: "nft", package: "nftables" };
 
 impl Program {

@@ -8,6 +8,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt};
 use nix::sys::stat::{Mode, fchmod};
@@ -93,6 +94,12 @@ impl SeqPacket {
         }
         bytes.truncate(length);
         Ok(Received { bytes, fds })
+    }
+
+    /// How long an operation may wait before it fails with `WouldBlock`.
+    pub fn set_timeouts(&self, time: Duration) -> io::Result<()> {
+        self.0.set_read_timeout(Some(time))?;
+        self.0.set_write_timeout(Some(time))
     }
 
     /// Whether operations that would have to wait fail with `WouldBlock` instead.

@@ -71,6 +71,13 @@ pub fn enter() -> Result<(), Error> {
     crate::link::loopback_up().map_err(Error::Loopback)
 }
 
+/// Gives the calling thread, and what it starts from then on, mounts of its own: they end with the last of them. Needs root,
+/// on the machine or in a user namespace.
+pub fn own_mounts() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    Ok(mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?)
+}
+
 fn write(file: &'static str, text: &str) -> Result<(), Error> {
     fs::write(file, text).map_err(|source| Error::Map { file, source })
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use zspire_sys::netns::Netns;
@@ -13,6 +14,11 @@ use crate::mesh::{World, lock};
 use crate::plan::{NAMESPACE, Source};
 use crate::process::Process;
 use crate::wait::until;
+
+/// Where a proxy shows itself on loopback.
+pub(crate) const ADMIN: u16 = 15000;
+pub(crate) const STATS: u16 = 15020;
+pub(crate) const READINESS: u16 = 15021;
 
 /// Whom a proxy serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +40,8 @@ pub(crate) struct Host {
     pub(crate) descriptors: Option<u32>,
     pub(crate) hosts: bool,
     pub(crate) world: Arc<World>,
+    /// How often its proxy was succeeded by another: they have different ports.
+    pub(crate) generation: AtomicU16,
     pub(crate) proxy: Mutex<Option<Process>>,
     pub(crate) agent: Mutex<Option<Process>>,
 }
@@ -91,8 +99,25 @@ impl Host {
                     .env("ZSPIRE_STATE_DIR", self.folder().join(format!("{}.state", self.name)));
             }
         }
+        for (name, port) in [("ADMIN", ADMIN), ("STATS", STATS), ("READINESS", READINESS)] {
+            command.env(format!("ZSPIRE_{name}_PORT"), self.port(port).to_string());
+        }
         command.envs(&self.environment);
         in_netns(&self.netns, command)
+    }
+
+    /// A port of the proxy where its host is.
+    pub(crate) fn port(&self, port: u16) -> u16 {
+        port + self.generation.load(Relaxed) % 2 * 1000
+    }
+
+    /// Starts another proxy beside the one that runs, which is returned.
+    #[track_caller]
+    pub(crate) fn start_successor(&self) -> Process {
+        let generation = self.generation.fetch_add(1, Relaxed) + 1;
+        let name = format!("proxy-{}-{generation}", self.name);
+        let new = Process::start(&name, self.folder(), self.proxy_command());
+        lock(&self.proxy).replace(new).expect("there is a proxy to succeed")
     }
 
     /// The socket of the node's agent.

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::AtomicU16;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zspire_sys::netns::Netns;
@@ -44,6 +45,7 @@ pub(crate) struct World {
 pub struct Mesh {
     // First: processes end before what they run in.
     control_plane: Mutex<Option<Process>>,
+    enrolling: Mutex<Vec<Process>>,
     pods: Vec<Pod>,
     plan: Mutex<Plan>,
     world: Arc<World>,
@@ -71,8 +73,8 @@ impl Mesh {
             pods.push(Pod::new(pod.clone(), place, &host));
         }
         let control_plane_runs = plan.control_plane_runs;
-        let mesh =
-            Self { control_plane: Mutex::new(None), pods, plan: Mutex::new(plan), world, hosts, nodes, topology };
+        let (control_plane, enrolling, plan) = (Mutex::default(), Mutex::default(), Mutex::new(plan));
+        let mesh = Self { control_plane, enrolling, pods, plan, world, hosts, nodes, topology };
         mesh.edit(|_| {});
         let host = |pod: &Pod| format!("{} {}.test\n", pod.address(), pod.name());
         let hosts: String = mesh.pods.iter().map(host).collect();
@@ -98,13 +100,22 @@ impl Mesh {
                     host.start();
                     host.start_agent();
                 }
-                if ready {
-                    started().for_each(|pod| self.enroll(pod));
+                match ready {
+                    true => started().for_each(|pod| self.enroll(pod)),
+                    false => self.enroll_later(started()),
                 }
             }
         }
         if ready {
             started().for_each(Pod::wait_until_ready);
+        }
+    }
+
+    /// Enrols pods without waiting for them to be served: that is known not to come soon.
+    fn enroll_later<'a>(&self, pods: impl Iterator<Item = &'a Pod>) {
+        for pod in pods {
+            let name = format!("enroll-{}", pod.name());
+            lock(&self.enrolling).push(self.process_of(&name, self.enroll_command(pod)));
         }
     }
 
@@ -121,6 +132,17 @@ impl Mesh {
         let arguments = ["enroll", "--netns", &netns, "--name", pod.name(), "--namespace", NAMESPACE];
         let arguments = [&arguments[..], &["--service-account", pod.name()]].concat();
         pod.host().agent_command(&arguments)
+    }
+
+    /// Whether a proxy serves all pods of its node.
+    pub fn is_shared(&self) -> bool {
+        lock(&self.plan).mode != Mode::Dedicated
+    }
+
+    /// The token by which the pod's proxy has joined the control plane.
+    #[track_caller]
+    pub fn token(&self, pod: &Pod) -> String {
+        fs::read_to_string(self.path(&format!("{}.token", pod.host().name))).expect("the proxy has a token")
     }
 
     /// The node's socket for pods.
@@ -145,6 +167,15 @@ impl Mesh {
     #[track_caller]
     pub fn start_agent(&self, node: &str) {
         self.host(node).start_agent();
+    }
+
+    /// Starts another proxy on a node; the one before, which runs on, is returned when the new one is ready.
+    #[track_caller]
+    pub fn start_successor(&self, node: &str) -> Process {
+        let old = self.host(node).start_successor();
+        let served = self.pods.iter().find(|pod| pod.host().name == node).expect("the node has a pod");
+        served.wait_until_ready();
+        old
     }
 
     /// The namespace of a node.
@@ -280,6 +311,7 @@ fn pod_host(plan: &Plan, pod: &PodPlan, netns: &Netns, world: &Arc<World>) -> Ho
         descriptors: pod.descriptors,
         hosts: pod.hosts,
         world: world.clone(),
+        generation: AtomicU16::new(0),
         proxy: Mutex::default(),
         agent: Mutex::default(),
     }
@@ -302,6 +334,7 @@ fn node_host(plan: &Plan, node: usize, netns: &Netns, world: &Arc<World>) -> Hos
         descriptors: pods().find_map(|pod| pod.descriptors),
         hosts: false,
         world: world.clone(),
+        generation: AtomicU16::new(0),
         proxy: Mutex::default(),
         agent: Mutex::default(),
     }
@@ -347,6 +380,16 @@ impl World {
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
             .env("XDG_RUNTIME_DIR", self.folder.path().join("run"))
             .current_dir(self.folder.path());
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // A folder that something is mounted in cannot be removed; agents leave their pods' namespaces there.
+        let entries = fs::read_dir(self.folder.path()).into_iter().flatten().flatten().map(|entry| entry.path());
+        for path in entries.filter(|path| path.extension().is_some_and(|it| it == "enrolled")) {
+            let _ = zspire_sys::netns::release_all(&path);
+        }
     }
 }
 

@@ -12,16 +12,11 @@ use zspire_sys::process::in_netns;
 use zspire_sys::topology;
 
 use crate::app::{self, Greeter, Greeting, Listener};
-use crate::host::{Host, Serves};
+use crate::host::{ADMIN, Host, READINESS, STATS, Serves};
 use crate::mesh::{World, lock};
 use crate::plan::{APPLICATION_PORT, PodPlan};
 use crate::process::Process;
 use crate::wait::until;
-
-/// Where a proxy shows itself on loopback.
-const ADMIN: u16 = 15000;
-const STATS: u16 = 15020;
-const READINESS: u16 = 15021;
 
 /// A pod. Clones are the same pod.
 #[derive(Debug, Clone)]
@@ -276,6 +271,7 @@ impl Pod {
     }
 
     fn http(&self, port: u16, request: &str, headers: &[&str]) -> io::Result<Answer> {
+        let port = self.0.host.port(port);
         let mut socket = app::connect(&self.0.host.netns, ([127, 0, 0, 1], port).into())?;
         let host = if headers.iter().any(|header| header.starts_with("Host:")) { "" } else { "Host: localhost\r\n" };
         let more: String = headers.iter().map(|header| format!("{header}\r\n")).collect();

@@ -7,6 +7,7 @@
 
 mod control_plane;
 mod demo;
+mod enroll;
 mod exit;
 mod inspect;
 mod proxy;
@@ -36,6 +37,14 @@ enum Command {
     Proxy(proxy::Args),
     /// Run zspire's own control plane: certificate authority and workload discovery
     ControlPlane(Box<control_plane::Args>),
+    /// Enrol pods of this machine into the mesh, where there is no Kubernetes to do it
+    NodeAgent,
+    /// Enrol a network namespace, or a process in one, as a pod
+    Enroll(enroll::Enroll),
+    /// Take a pod out of the mesh
+    Unenroll(enroll::Unenroll),
+    /// Show the pods that are enrolled here
+    Enrolled(enroll::List),
     /// Show the workloads that a proxy knows
     Workloads(inspect::Args),
     /// Show the services that a proxy knows
@@ -74,6 +83,10 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Proxy(args) => proxy::run(&args),
         Command::ControlPlane(args) => control_plane::run(*args),
+        Command::NodeAgent => enroll::node_agent(),
+        Command::Enroll(args) => enroll::enroll(args),
+        Command::Unenroll(args) => enroll::unenroll(args),
+        Command::Enrolled(args) => enroll::enrolled(&args),
         Command::Workloads(args) => inspect::run(inspect::View::Workloads, &args),
         Command::Services(args) => inspect::run(inspect::View::Services, &args),
         Command::Policies(args) => inspect::run(inspect::View::Policies, &args),

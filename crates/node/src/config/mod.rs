@@ -206,6 +206,37 @@ pub struct Addresses {
     pub readiness: u16,
 }
 
+/// The node agent's configuration.
+#[derive(Debug, Clone)]
+pub struct AgentConfig {
+    /// Where proxies connect.
+    pub zds: PathBuf,
+    /// Where commands connect.
+    pub socket: PathBuf,
+    pub state_dir: PathBuf,
+    /// The mark of the proxies' packets.
+    pub packet_mark: u32,
+    pub dns_capture: bool,
+    pub log_filter: String,
+    pub log_format: LogFormat,
+}
+
+impl AgentConfig {
+    /// Reads the environment.
+    pub fn load() -> Result<Self, Error> {
+        let v = &Values::from_environment();
+        Ok(Self {
+            zds: inpod_uds(v),
+            socket: text(v, &opt::ZSPIRE_AGENT_SOCKET, "/run/zspire/agent.sock").into(),
+            state_dir: text(v, &opt::ZSPIRE_AGENT_STATE_DIR, "/run/zspire/enrolled").into(),
+            packet_mark: value::parsed(v, &opt::PACKET_MARK, "a number up to 4294967295")?.unwrap_or(1337),
+            dns_capture: value::flag(v, &opt::AMBIENT_DNS_CAPTURE, false)?,
+            log_filter: log_filter(v)?,
+            log_format: log_format(v)?,
+        })
+    }
+}
+
 /// The proxy's configuration, valid as a whole.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -296,7 +327,7 @@ impl Config {
             pod_namespace: text(v, &opt::POD_NAMESPACE, ""),
             service_account: text(v, &opt::SERVICE_ACCOUNT, ""),
             instance_ip: value::parsed(v, &opt::INSTANCE_IP, "an IP address")?.unwrap_or(IpAddr::from([1, 1, 1, 1])),
-            inpod_uds: text(v, &opt::INPOD_UDS, "/var/run/ztunnel/ztunnel.sock").into(),
+            inpod_uds: inpod_uds(v),
             inpod_port_reuse: value::flag(v, &opt::INPOD_PORT_REUSE, true)?,
             xds,
             xds_on_demand: value::flag(v, &opt::XDS_ON_DEMAND, false)?,
@@ -410,6 +441,10 @@ impl Config {
 
 fn text(v: &Values, variable: &Variable, default: &str) -> String {
     v.get(variable).unwrap_or(default).to_owned()
+}
+
+fn inpod_uds(v: &Values) -> PathBuf {
+    text(v, &opt::INPOD_UDS, "/var/run/ztunnel/ztunnel.sock").into()
 }
 
 fn port(v: &Values, variable: &Variable, default: u16) -> Result<u16, Error> {

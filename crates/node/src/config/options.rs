@@ -55,6 +55,11 @@ table! {
         INPOD_UDS = "/var/run/ztunnel/ztunnel.sock": "Socket of the node agent that hands over pods: istio-cni, or `zspire node-agent`.";
         INPOD_PORT_REUSE = "true": "Join the ports of a proxy that serves the same pods already (SO_REUSEPORT), so that a new one takes over from an old one without a gap.";
     }
+    "The node agent (zspire node-agent)" {
+        ZSPIRE_AGENT_SOCKET = "/run/zspire/agent.sock": "Where it takes commands (`zspire enroll`, `unenroll`, `enrolled`); for its own user and root.";
+        ZSPIRE_AGENT_STATE_DIR = "/run/zspire/enrolled": "Folder for who is enrolled and their network namespaces (mode 0700). INPOD_UDS, PACKET_MARK, RUST_LOG and LOG_FORMAT are read as by the proxy.";
+        AMBIENT_DNS_CAPTURE = "false": "Whether the DNS queries of pods that are enrolled are redirected to the proxy (15053), too.";
+    }
     "Discovery (xDS)" {
         XDS_ADDRESS = "https://istiod.istio-system.svc:15012 in Kubernetes, else https://localhost:15012": "Workload discovery server; the mesh file's `discoveryAddress` comes before the default; empty: none.";
         XDS_ROOT_CA = "./var/run/secrets/istio/root-cert.pem": "What the discovery server is verified against: a file, `SYSTEM`, or PEM.";

@@ -33,9 +33,20 @@ fn addresses(pod: &Pod) -> [IpAddr; 2] {
     [pod.address.into(), pod.v6.unwrap().into()]
 }
 
-/// A port of the proxy in the pod, for both families as the proxy has it.
+/// A port of the proxy in the pod, marked and for both families as the proxy has it.
 fn proxy(pod: &Pod, port: u16) -> TcpListener {
-    listen(&pod.netns, (Ipv6Addr::UNSPECIFIED, port))
+    let options = Listen {
+        address: (Ipv6Addr::UNSPECIFIED, port).into(),
+        mark: Some(MARK),
+        reuse_port: false,
+        transparent: false,
+        v6_only: false,
+        backlog: 16,
+    };
+    let listener = pod.netns.run(|| socket::listen(&options)).unwrap().unwrap();
+    listener.set_nonblocking(false).unwrap();
+    socket2::SockRef::from(&listener).set_read_timeout(Some(DEADLINE)).unwrap();
+    listener
 }
 
 fn marked(netns: &Netns, to: SocketAddr, source: Option<IpAddr>) -> TcpStream {
@@ -85,6 +96,34 @@ fn the_proxys_own_connections_and_tunnels_are_left_alone() {
     for to in addresses(&mesh.captured) {
         let client = connect(&mesh.plain.netns, (to, 15008).into());
         converse(&client, &hbone.accept().unwrap().0);
+    }
+}
+
+/// Redirection is about first packets; these are connections that it has never seen begin.
+#[test]
+fn connections_that_are_older_than_the_rules_are_reset() {
+    let mut node = Topology::new().unwrap().node("node").unwrap();
+    let captured = node.dual_stack_pod("captured", node.pod_address(1)).unwrap();
+    let plain = node.dual_stack_pod("plain", node.pod_address(2)).unwrap();
+    for (here, there) in addresses(&captured).into_iter().zip(addresses(&plain)) {
+        let (out, back) = (listen(&plain.netns, (there, 0)), listen(&captured.netns, (here, 0)));
+        let leaving = connect(&captured.netns, out.local_addr().unwrap());
+        let (coming, own) = (connect(&plain.netns, back.local_addr().unwrap()), back.accept().unwrap().0);
+        let far = out.accept().unwrap().0;
+        converse(&leaving, &far);
+        converse(&coming, &own);
+        captured.netns.run(|| Redirection::default().apply()).unwrap().unwrap();
+        for mut speaker in [&leaving, &coming] {
+            speaker.set_read_timeout(Some(DEADLINE)).unwrap();
+            let _ = std::io::Write::write_all(&mut speaker, b"more");
+            let heard = std::io::Read::read(&mut speaker, &mut [0; 4]).unwrap_err();
+            assert_eq!(heard.kind(), ErrorKind::ConnectionReset);
+        }
+        for mut silent in [&far, &own] {
+            silent.set_nonblocking(true).unwrap();
+            assert!(!matches!(std::io::Read::read(&mut silent, &mut [0; 4]), Ok(1..)), "it hears what was said");
+        }
+        captured.netns.run(Redirection::remove).unwrap().unwrap();
     }
 }
 

@@ -25,7 +25,7 @@ use crate::exit;
 use children::Children;
 use mesh::{APPLICATION_PORT, CLIENT, INTRUDER, NAMESPACE, POLICY, SERVER};
 use report::{Report, Step, Verdict, Voice};
-use stage::{Pod, Stage};
+use stage::{Host, Pod, Stage};
 
 /// How long anything that has to come about may take.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -129,10 +129,11 @@ impl Demo {
     /// One step after the other; the first that fails ends it.
     fn play(&mut self) {
         type Play = fn(&mut Demo) -> anyhow::Result<String>;
-        let steps: [(&'static str, Play); 8] = [
+        let steps: [(&'static str, Play); 9] = [
             ("network", Self::network),
             ("control plane", Self::control_plane),
             ("proxies", Self::proxies),
+            ("enrol", Self::enrol),
             ("identities", Self::identities),
             ("applications", Self::applications),
             ("request", Self::request),
@@ -189,14 +190,14 @@ impl Demo {
         let command = self.control_plane_command(&[]);
         self.children.start("control-plane", command)?;
         // A token for each proxy: whoever has it may join once, as that node.
-        let names: Vec<_> = self.stage.pods.iter().map(|pod| pod.plan).collect();
-        for pod in names {
+        let names: Vec<_> = self.stage.hosts.iter().map(|host| (host.name.clone(), host.node.clone())).collect();
+        for (name, node) in names {
             let token = self.until("a join token", |demo| {
-                let output = demo.control_plane_command(&["token", "--node", &pod.node_name()]).output()?;
+                let output = demo.control_plane_command(&["token", "--node", &node]).output()?;
                 anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
                 Ok(output.stdout)
             })?;
-            std::fs::write(self.folder.join(format!("{}.token", pod.name)), token)?;
+            std::fs::write(self.folder.join(format!("{name}.token")), token)?;
         }
         Ok(format!(
             "certificates and discovery on {}, one single-use join token for each proxy",
@@ -205,40 +206,71 @@ impl Demo {
     }
 
     fn proxies(&mut self) -> anyhow::Result<String> {
-        let commands: Vec<_> =
-            self.stage.pods.iter().map(|pod| (format!("proxy-{}", pod.plan.name), self.proxy(pod))).collect();
+        let mut commands = Vec::new();
+        for host in &self.stage.hosts {
+            commands.push((format!("proxy-{}", host.name), self.proxy(host)));
+            if host.is_node() {
+                commands.push((format!("agent-{}", host.name), self.agent(host, &["node-agent"])));
+            }
+        }
         for (name, command) in commands {
             self.children.start(&name, command)?;
         }
-        for n in 0..self.stage.pods.len() {
-            let name = self.stage.pods[n].plan.name;
+        for n in 0..self.stage.hosts.len() {
+            let name = self.stage.hosts[n].name.clone();
             self.until(&format!("the proxy of {name} to be ready"), |demo| {
-                demo.stage.pods[n].readiness().map_err(|why| anyhow::anyhow!("{why}"))
+                demo.stage.hosts[n].readiness().map_err(|why| anyhow::anyhow!("{why}"))
             })?;
         }
-        Ok("one in each pod, dedicated; joined, and following the control plane".into())
+        let which = match self.stage.hosts.iter().all(Host::is_node) {
+            true => "one on each node, and a node agent beside it",
+            false => "one in each pod, dedicated",
+        };
+        Ok(format!("{which}; joined, and following the control plane"))
     }
 
-    fn proxy(&self, pod: &Pod) -> Command {
-        let (name, control_plane) = (pod.plan.name, format!("https://{}", self.stage.control_plane));
+    /// A command of a node's agent, or one that asks it.
+    fn agent(&self, host: &Host, arguments: &[&str]) -> Command {
+        let mut command = self.zspire(arguments);
+        command.envs(host.agent_environment(&self.folder));
+        host.inside(command)
+    }
+
+    fn enrol(&mut self) -> anyhow::Result<String> {
+        if !self.stage.hosts.iter().all(Host::is_node) {
+            return Ok("not done: on loopback each proxy serves one pod, which asks it by SOCKS5".into());
+        }
+        let mut told = String::from("connections redirected by rules in the pod, then served by the node's proxy");
+        for pod in &self.stage.pods {
+            let netns = pod.netns_file().context("a pod among namespaces has one")?;
+            let arguments = enroll_arguments(pod, &["--netns", &netns]);
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            let output = self.agent(self.stage.host(pod), &arguments).output()?;
+            anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
+            told += &format!("\n{}: {}", self.stage.host(pod).name, String::from_utf8_lossy(&output.stdout).trim());
+        }
+        Ok(told)
+    }
+
+    fn proxy(&self, host: &Host) -> Command {
+        let (name, control_plane) = (&host.name, format!("https://{}", self.stage.control_plane));
         let mut command = self.zspire(&["proxy"]);
         command
-            .env("PROXY_MODE", "dedicated")
-            .env("PROXY_WORKLOAD_INFO", format!("{NAMESPACE}/{name}/{name}"))
-            .env("NODE_NAME", pod.plan.node_name())
+            .env("NODE_NAME", &host.node)
             .env("CA_ADDRESS", &control_plane)
             .env("XDS_ADDRESS", &control_plane)
             .env("ZSPIRE_JOIN_TOKEN", self.folder.join(format!("{name}.token")))
             .env("ZSPIRE_STATE_DIR", self.folder.join(format!("{name}.state")))
             .env("LOG_FORMAT", "json")
             .env("ZTUNNEL_WORKER_THREADS", "2")
-            .envs(pod.proxy_environment());
-        pod.inside(command)
+            .envs(host.proxy_environment(&self.folder));
+        host.inside(command)
     }
 
-    /// What a command of ours, run in the pod, prints as JSON.
+    /// What a command of ours, run where the pod's proxy is, prints as JSON.
     fn ask(&self, pod: &Pod, command: &str) -> anyhow::Result<Value> {
-        let output = pod.inside(self.zspire(&[command, "--admin", &pod.admin(), "-o", "json"])).output()?;
+        let host = self.stage.host(pod);
+        let output = host.inside(self.zspire(&[command, "--admin", &host.admin(), "-o", "json"])).output()?;
         anyhow::ensure!(
             output.status.success(),
             "zspire {command}: {}",
@@ -346,13 +378,16 @@ impl Demo {
 
     /// The line that a pod's proxy logged about a connection: the last one in this direction, from this identity.
     fn logged(&self, pod: &str, direction: &str, from: Option<&str>) -> anyhow::Result<Value> {
-        let path = self.children.log(&format!("proxy-{pod}"));
+        let path = self.children.log(&format!("proxy-{}", self.stage.host(self.stage.pod(pod)).name));
+        // A node's proxy tells of all its pods.
+        let own = if direction == "inbound" { "dst.workload" } else { "src.workload" };
         let until = Instant::now() + PATIENCE;
         loop {
             let text = std::fs::read_to_string(&path)?;
             let found = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok()).find(|line| {
                 line["scope"] == "access"
                     && line["direction"] == direction
+                    && line[own] == pod
                     && from.is_none_or(|from| line["src.identity"] == from)
             });
             match found {
@@ -439,12 +474,23 @@ impl Demo {
     /// Puts a script for each pod into the folder that runs a command in it, and says what to try.
     fn offer(&mut self) -> anyhow::Result<()> {
         std::os::unix::fs::symlink(&self.program, self.folder.join("zspire"))?;
-        let mut scripts = Vec::new();
+        let mut nodes = Vec::new();
+        for n in (0..self.stage.hosts.len()).filter(|n| self.stage.hosts[*n].is_node()) {
+            let host = &self.stage.hosts[n];
+            let (name, command) = (host.name.clone(), host.inside(self.zspire(&["demo", "pause"])));
+            let id = self.children.start(&format!("pause-{name}"), command)?;
+            let host = &self.stage.hosts[n];
+            nodes.push(script(&self.folder, &name, Some(id), &self.host_environment(host))?);
+        }
+        let (mut scripts, mut ids) = (Vec::new(), Vec::new());
         for n in 0..self.stage.pods.len() {
-            let name = format!("pause-{}", self.stage.pods[n].plan.name);
+            let name = self.stage.pods[n].plan.name;
             let command = self.stage.pods[n].inside(self.zspire(&["demo", "pause"]));
-            let id = self.children.start(&name, command)?;
-            scripts.push(script(&self.folder, &self.stage.pods[n], id)?);
+            let id = self.children.start(&format!("pause-{name}"), command)?;
+            let pod = &self.stage.pods[n];
+            let (enter, host) = (pod.socks5().is_none().then_some(id), self.stage.host(pod));
+            scripts.push(script(&self.folder, name, enter, &self.host_environment(host))?);
+            ids.push(id);
         }
         let service = self.stage.service();
         let request = |n: usize| match self.stage.pods[n].socks5() {
@@ -452,16 +498,37 @@ impl Demo {
             None => format!("zspire demo request {service}"),
         };
         self.voice.line("\nThe mesh stays up. Try, in another terminal:\n");
-        self.voice.line(&format!("  {} zspire certificates", scripts[0].display()));
+        let proxy = nodes.first().unwrap_or(&scripts[0]);
+        self.voice.line(&format!("  {} zspire certificates", proxy.display()));
         self.voice.line(&format!("  {} {}", scripts[0].display(), request(0)));
         self.voice.line(&format!("  {} {}", scripts[1].display(), request(1)));
+        if let Some(node) = nodes.first() {
+            let pod = &self.stage.pods[0];
+            let arguments = enroll_arguments(pod, &["--pid", &ids[0].to_string()]).join(" ");
+            self.voice.line(&format!("  {} zspire enrolled", node.display()));
+            self.voice.line(&format!("  {} zspire unenroll {NAMESPACE}/{}", node.display(), pod.plan.name));
+            self.voice.line(&format!("  {} zspire {arguments}", node.display()));
+        }
         self.voice.line("\nCtrl-C ends it and leaves nothing behind.");
         Ok(())
+    }
+
+    /// What commands need to find a proxy and its node agent.
+    fn host_environment(&self, host: &Host) -> String {
+        let [_, (socket, path), _] = host.agent_environment(&self.folder);
+        format!("ZSPIRE_ADMIN={} {socket}={path}", host.admin())
     }
 
     fn end(&mut self) {
         self.step("clean-up", |demo| {
             let count = demo.children.stop_all()?;
+            for host in demo.stage.hosts.iter().filter(|host| host.is_node()) {
+                let [.., (_, enrolled)] = host.agent_environment(&demo.folder);
+                // Node agents leave it for the next one. One that never started has none.
+                if Path::new(&enrolled).exists() {
+                    zspire_sys::netns::release_all(Path::new(&enrolled)).context("cannot let go of the pods")?;
+                }
+            }
             std::fs::remove_dir_all(&demo.folder)
                 .with_context(|| format!("cannot remove {}", demo.folder.display()))?;
             Ok(format!("{count} processes ended, their files removed; the namespaces end with this process"))
@@ -492,19 +559,22 @@ fn interruption() -> anyhow::Result<Arc<AtomicBool>> {
     Ok(flag)
 }
 
-/// A script that runs its arguments in a pod.
-fn script(folder: &Path, pod: &Pod, pause: u32) -> anyhow::Result<PathBuf> {
-    let path = folder.join(pod.plan.name);
-    let enter = match pod.socks5() {
-        Some(_) => String::new(),
-        None => format!("nsenter --target {pause} --user --net --preserve-credentials -- "),
-    };
-    let text = format!(
-        "#!/bin/sh\n# Runs a command in the pod {}.\nPATH=\"{}:$PATH\" ZSPIRE_ADMIN={} exec {enter}\"$@\"\n",
-        pod.plan.name,
-        folder.display(),
-        pod.admin()
-    );
+/// The command that enrols a pod.
+fn enroll_arguments(pod: &Pod, place: &[&str]) -> Vec<String> {
+    let name = pod.plan.name;
+    let who = ["--name", name, "--namespace", NAMESPACE, "--service-account", name];
+    ["enroll"].iter().chain(place).chain(&who).map(|&argument| argument.to_owned()).collect()
+}
+
+/// A script that runs its arguments in a pod or on a node, where a process is that keeps the place.
+fn script(folder: &Path, name: &str, pause: Option<u32>, environment: &str) -> anyhow::Result<PathBuf> {
+    let path = folder.join(name);
+    let enter = pause
+        .map(|pause| format!("nsenter --target {pause} --user --net --preserve-credentials -- "))
+        .unwrap_or_default();
+    let folder = folder.display();
+    let text =
+        format!("#!/bin/sh\n# Runs a command in {name}.\nPATH=\"{folder}:$PATH\" {environment} exec {enter}\"$@\"\n");
     std::fs::write(&path, text)?;
     std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
     Ok(path)

@@ -1,20 +1,22 @@
 //! Where the demo runs: namespaces joined by veth links, or, where those are forbidden, loopback addresses and SOCKS5.
 //!
-//! Knows how a command gets into a pod and how a proxy there is configured; not what is started, nor what for.
+//! Among namespaces each node has a proxy for its pods, on loopback each pod has one. Knows how a command gets to a pod or to a
+//! proxy and how a proxy is configured; not what is started, nor what for.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use zspire_sys::netns::Netns;
-use zspire_sys::nft::Redirection;
 use zspire_sys::packets::Packets;
 use zspire_sys::process::in_netns;
 use zspire_sys::topology::{self, Topology};
 
-use super::mesh::{PODS, PodPlan, SERVICE_PORT};
+use super::mesh::{NAMESPACE, PODS, PodPlan, SERVICE_PORT};
 
 /// The service's virtual address among namespaces.
 const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 1));
@@ -25,6 +27,7 @@ const LOOPBACK_VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 2, 80));
 #[derive(Debug)]
 pub(super) struct Stage {
     pub(super) pods: Vec<Pod>,
+    pub(super) hosts: Vec<Host>,
     pub(super) vip: IpAddr,
     /// Where the control plane listens.
     pub(super) control_plane: SocketAddr,
@@ -43,11 +46,24 @@ struct Network {
 pub(super) struct Pod {
     pub(super) plan: PodPlan,
     pub(super) address: IpAddr,
+    /// Where its proxy is, among the stage's hosts.
+    pub(super) host: usize,
     netns: Option<Netns>,
+}
+
+/// What a proxy runs in: a node, or, on loopback, a pod.
+#[derive(Debug)]
+pub(super) struct Host {
+    pub(super) name: String,
+    pub(super) node: String,
+    /// A node's; none on loopback.
+    netns: Option<Netns>,
+    /// Of the pod on loopback.
+    address: IpAddr,
     ports: Ports,
 }
 
-/// Where a pod's proxy shows itself.
+/// Where a proxy shows itself.
 #[derive(Debug, Clone, Copy)]
 struct Ports {
     admin: u16,
@@ -67,23 +83,31 @@ impl Stage {
             numbers[n] += 1;
             let address = nodes[n].pod_address(numbers[n]);
             let pod = nodes[n].pod(plan.name, address)?;
-            pod.netns.run(|| Redirection::default().apply())?.context("cannot redirect a pod's connections")?;
-            let ports = Ports { admin: 15000, stats: 15020, readiness: 15021 };
-            pods.push(Pod { plan, address: address.into(), netns: Some(pod.netns), ports });
+            pods.push(Pod { plan, address: address.into(), host: n, netns: Some(pod.netns) });
         }
+        let host = |node: &topology::Node| Host {
+            name: node.name.clone(),
+            node: node.name.clone(),
+            netns: Some(node.netns.clone()),
+            address: node.address.into(),
+            ports: Ports { admin: 15000, stats: 15020, readiness: 15021 },
+        };
+        let hosts = nodes.iter().map(host).collect();
         let control_plane = (topology.uplink_address(), 15012).into();
-        Ok(Self { pods, vip: VIP, control_plane, network: Some(Network { topology, nodes }) })
+        Ok(Self { pods, hosts, vip: VIP, control_plane, network: Some(Network { topology, nodes }) })
     }
 
     /// Three loopback addresses.
     pub(super) fn loopback() -> anyhow::Result<Self> {
-        let mut pods = Vec::new();
+        let (mut pods, mut hosts) = (Vec::new(), Vec::new());
         for (n, plan) in PODS.into_iter().enumerate() {
             let ports = Ports { admin: free_port()?, stats: free_port()?, readiness: free_port()? };
-            pods.push(Pod { plan, address: Ipv4Addr::new(127, 0, 1, n as u8 + 1).into(), netns: None, ports });
+            let address = Ipv4Addr::new(127, 0, 1, n as u8 + 1).into();
+            hosts.push(Host { name: plan.name.into(), node: plan.node_name(), netns: None, address, ports });
+            pods.push(Pod { plan, address, host: n, netns: None });
         }
         let control_plane = SocketAddr::from(([127, 0, 1, 254], free_port()?));
-        Ok(Self { pods, vip: LOOPBACK_VIP, control_plane, network: None })
+        Ok(Self { pods, hosts, vip: LOOPBACK_VIP, control_plane, network: None })
     }
 
     /// What it is, in a word.
@@ -94,6 +118,11 @@ impl Stage {
     /// The pod with a name.
     pub(super) fn pod(&self, name: &str) -> &Pod {
         self.pods.iter().find(|pod| pod.plan.name == name).expect("the demo asks for its own pods")
+    }
+
+    /// Where a pod's proxy is.
+    pub(super) fn host(&self, pod: &Pod) -> &Host {
+        &self.hosts[pod.host]
     }
 
     /// A command on the machine that the control plane runs on.
@@ -126,22 +155,56 @@ impl Pod {
         }
     }
 
-    /// What a command in the pod needs in its environment to find the pod's proxy.
-    pub(super) fn admin(&self) -> String {
-        format!("127.0.0.1:{}", self.ports.admin)
+    /// A file that stands for the pod's network namespace while this process runs; none on loopback.
+    pub(super) fn netns_file(&self) -> Option<String> {
+        let netns = self.netns.as_ref()?;
+        Some(format!("/proc/{}/fd/{}", std::process::id(), netns.as_fd().as_raw_fd()))
     }
 
     /// Where applications ask for connections when they are not redirected.
     pub(super) fn socks5(&self) -> Option<SocketAddr> {
         self.netns.is_none().then_some(SocketAddr::new(self.address, 15080))
     }
+}
 
-    /// The variables by which the pod's proxy differs from one stage to the other.
-    pub(super) fn proxy_environment(&self) -> Vec<(&'static str, String)> {
-        if self.netns.is_some() {
-            return vec![("PACKET_MARK", Redirection::default().mark.to_string())];
+impl Host {
+    /// A command where the proxy is.
+    pub(super) fn inside(&self, command: Command) -> Command {
+        match &self.netns {
+            Some(netns) => in_netns(netns, command),
+            None => command,
+        }
+    }
+
+    /// Whether it is a node, for pods that are enrolled there.
+    pub(super) fn is_node(&self) -> bool {
+        self.netns.is_some()
+    }
+
+    /// What a command here needs to find the proxy.
+    pub(super) fn admin(&self) -> String {
+        format!("127.0.0.1:{}", self.ports.admin)
+    }
+
+    /// The variables of a node's agent, of which a command needs some to find it.
+    pub(super) fn agent_environment(&self, folder: &Path) -> [(&'static str, String); 3] {
+        let file = |what: &str| folder.join(format!("{}.{what}", self.name)).display().to_string();
+        [
+            ("INPOD_UDS", file("zds")),
+            ("ZSPIRE_AGENT_SOCKET", file("agent")),
+            ("ZSPIRE_AGENT_STATE_DIR", file("enrolled")),
+        ]
+    }
+
+    /// The variables by which the proxy differs from one stage to the other.
+    pub(super) fn proxy_environment(&self, folder: &Path) -> Vec<(&'static str, String)> {
+        if self.is_node() {
+            // Shared is the default.
+            return self.agent_environment(folder)[..1].to_vec();
         }
         vec![
+            ("PROXY_MODE", "dedicated".into()),
+            ("PROXY_WORKLOAD_INFO", format!("{NAMESPACE}/{0}/{0}", self.name)),
             ("ZSPIRE_BIND_ADDRESS", self.address.to_string()),
             ("ZSPIRE_ADMIN_PORT", self.ports.admin.to_string()),
             ("ZSPIRE_STATS_PORT", self.ports.stats.to_string()),

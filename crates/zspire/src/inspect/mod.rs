@@ -5,7 +5,7 @@
 
 mod dump;
 mod fetch;
-mod tables;
+pub(crate) mod tables;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

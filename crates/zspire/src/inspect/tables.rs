@@ -47,7 +47,8 @@ pub(super) fn table(dump: &Dump, view: View, namespace: Option<&str>) -> String 
     render(header, rows)
 }
 
-fn render(header: &[&str], rows: Vec<Vec<String>>) -> String {
+/// Rows under a header.
+pub(crate) fn render(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header.iter().copied());
     for row in rows {

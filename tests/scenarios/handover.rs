@@ -1,0 +1,185 @@
+//! One proxy takes over from another on the same node, under load; and pods that come and go all the time.
+//!
+//! `make soak` asks for more of both than a change has to pass.
+
+use std::io::{Read as _, Write as _};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use zspire_testkit::app::{finish, greeting};
+use zspire_testkit::plan::captured;
+use zspire_testkit::zds::Agent;
+use zspire_testkit::{Ending, Pod, ending, hear, mesh, say, until};
+
+use crate::scenario;
+
+/// How much more than usual is asked for.
+fn soak(name: &str, usual: usize) -> usize {
+    std::env::var(name).ok().and_then(|asked| asked.parse().ok()).unwrap_or(usual)
+}
+
+/// Connections one after the other, each greeted and then asked to send something back, until told to stop.
+struct Load<'a> {
+    client: &'a Pod,
+    server: &'a Pod,
+    stop: AtomicBool,
+    served: AtomicUsize,
+    failed: Mutex<Vec<String>>,
+}
+
+impl Load<'_> {
+    fn run(&self) {
+        while !self.stop.load(Relaxed) {
+            match self.one() {
+                Ok(()) => drop(self.served.fetch_add(1, Relaxed)),
+                Err(error) => self.failed.lock().unwrap().push(format!("after {}: {error}", self.served.load(Relaxed))),
+            }
+        }
+    }
+
+    fn one(&self) -> std::io::Result<()> {
+        let mut socket = self.client.connect(self.server.app())?;
+        greeting(&socket)?;
+        socket.write_all(b"and back")?;
+        let mut back = [0; 8];
+        socket.read_exact(&mut back)
+    }
+
+    /// Waits until so many more connections were served.
+    #[track_caller]
+    fn more(&self, count: usize) {
+        let before = self.served.load(Relaxed);
+        until("connections to be served", || match self.served.load(Relaxed) {
+            now if now >= before + count => Ok(()),
+            now => Err(format!("{} of {count}; failures: {:?}", now - before, self.failed.lock().unwrap())),
+        });
+    }
+}
+
+#[test]
+fn new_proxy_takes_over_without_a_refusal_or_a_cut() {
+    scenario(|| {
+        let patient = |name| captured(name).with("CONNECTION_TERMINATION_DEADLINE", "20s");
+        let mesh = mesh().shared().node("a").pod(patient("client")).node("b").pod(patient("server")).start();
+        let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+        let _app = server.greet();
+        let app = server.listen_at(8081);
+        let load = Load {
+            client: &client,
+            server: &server,
+            stop: AtomicBool::new(false),
+            served: AtomicUsize::new(0),
+            failed: Mutex::default(),
+        };
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..3).map(|_| scope.spawn(|| load.run())).collect();
+            for round in 0..soak("ZSPIRE_SOAK_HANDOVERS", 10) {
+                let node = if round % 2 == 0 { "a" } else { "b" };
+                load.more(20);
+                // One that lives while both proxies serve.
+                let long = client.open(server.at(8081));
+                let long_served = app.accept();
+                say(&long, "before");
+                hear(&long_served, "before");
+                let mut old = mesh.start_successor(node);
+                load.more(20);
+                old.terminate();
+                load.more(20);
+                for (from, to) in [(&long, &long_served), (&long_served, &long)] {
+                    say(from, "and after");
+                    hear(to, "and after");
+                }
+                assert!(old.runs(), "it waits for its connections");
+                finish(&long);
+                assert_eq!(ending(&long_served), Ending::Orderly);
+                drop((long, long_served));
+                assert_eq!(old.ended().code(), Some(0));
+                assert_eq!(*load.failed.lock().unwrap(), Vec::<String>::new(), "in round {round}");
+            }
+            load.stop.store(true, Relaxed);
+            workers.into_iter().for_each(|worker| worker.join().unwrap());
+        });
+        assert_eq!(*load.failed.lock().unwrap(), Vec::<String>::new());
+    });
+}
+
+/// Adds and deletes in a minute.
+const PACE: u32 = 1000;
+/// How much more memory than before the proxy may have afterwards, kilobytes: what the allocator keeps, not what leaks.
+const MORE_MEMORY: u64 = 16 << 10;
+
+#[test]
+fn pods_that_come_and_go_leave_nothing_behind() {
+    scenario(|| {
+        let names: Vec<String> = (0..8).map(|n| format!("passing-{n}")).collect();
+        let plan = mesh().by_hand().node("a").pod("client").pod("server");
+        let mesh = names.iter().fold(plan, |plan, name| plan.pod(name.as_str())).start();
+        let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+        let agent = Agent::listen(&mesh.zds("a"));
+        let proxy = agent.accept();
+        for pod in [&client, &server] {
+            assert_eq!(proxy.add(pod.name(), pod), "");
+        }
+        assert_eq!(proxy.snapshot_sent(), "");
+        client.wait_until_ready();
+        let passing: Vec<Pod> = names.iter().map(|name| mesh.pod(name)).collect();
+        let _app = server.greet();
+        let _apps: Vec<_> = passing.iter().map(Pod::greet).collect();
+        let load = Load {
+            client: &client,
+            server: &server,
+            stop: AtomicBool::new(false),
+            served: AtomicUsize::new(0),
+            failed: Mutex::default(),
+        };
+        let come_and_go = |pod: &Pod| {
+            assert_eq!(proxy.add(pod.name(), pod), "");
+            client.reaches(pod.app());
+            assert_eq!(proxy.del(pod.name()), "");
+        };
+        let id = client.proxy(|proxy| proxy.id());
+        let descriptors = || std::fs::read_dir(format!("/proc/{id}/fd")).unwrap().count();
+        let quiet = |expected: Option<usize>| {
+            until("the proxies of the pods that went to end", || {
+                let page = client.metrics();
+                let value =
+                    |name: &str| page.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
+                let (started, stopped) =
+                    (value("workload_manager_proxies_started_total"), value("workload_manager_proxies_stopped_total"));
+                let now = descriptors();
+                let same = expected.is_none_or(|expected| now <= expected);
+                if started == stopped.map(|n| n + 2) && same {
+                    Ok(now)
+                } else {
+                    Err(format!("{started:?} {stopped:?} {now}"))
+                }
+            })
+        };
+        // What is made once is made before: buffers, threads, series of metrics.
+        passing.iter().for_each(come_and_go);
+        std::thread::scope(|scope| {
+            let worker = scope.spawn(|| load.run());
+            let before = quiet(None) + 16;
+            let memory = client.proxy(|proxy| proxy.memory());
+            let time = Duration::from_secs(soak("ZSPIRE_SOAK_CHURN", 10) as u64);
+            let (started, mut count) = (Instant::now(), 0);
+            while started.elapsed() < time {
+                come_and_go(&passing[count as usize % passing.len()]);
+                count += 1;
+                // At the pace that is asked for, or as fast as it goes.
+                let due = started + Duration::from_secs(60) * count / PACE;
+                std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            }
+            let reached = f64::from(count) / started.elapsed().as_secs_f64() * 60.0;
+            assert!(reached > f64::from(PACE) * 0.5, "only {reached:.0} pods a minute");
+            load.stop.store(true, Relaxed);
+            worker.join().unwrap();
+            quiet(Some(before));
+            let after = client.proxy(|proxy| proxy.memory());
+            assert!(after < memory + MORE_MEMORY, "{memory} kB, then {after} kB after {count} pods");
+        });
+        assert_eq!(*load.failed.lock().unwrap(), Vec::<String>::new());
+        assert_eq!(client.readiness(), Ok(()));
+    });
+}
