@@ -104,6 +104,34 @@ fn new_proxy_takes_over_without_a_refusal_or_a_cut() {
     });
 }
 
+#[test]
+fn of_two_proxies_the_newest_serves_who_is_enrolled_and_both_let_go() {
+    scenario(|| {
+        let not_yet = captured("late").not_started();
+        let mesh = mesh().shared().node("a").pod("client").pod(not_yet).start();
+        let (client, late) = (mesh.pod("client"), mesh.pod("late"));
+        let old = mesh.start_successor("a");
+        mesh.enroll(&late);
+        let _app = late.greet();
+        client.reaches(late.app());
+        let served = |name: &str| {
+            let state = client.dump()["workloadState"].clone();
+            state.as_object().unwrap().values().any(|pod| pod["info"]["name"] == name && pod["state"] == "Up")
+        };
+        assert!(served("client") && served("late"));
+        assert!(!old.log().contains("test/late"), "the old one is not told of it");
+        let output = mesh.agent_command("a", &["unenroll", "test/client"]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(!served("client"));
+        old.line("the end of the pod", |line| {
+            line["message"] == "pod is no longer served" && line["pod"] == "test/client"
+        });
+        // The newest goes: the one before gets what it has not had.
+        client.proxy(|proxy| proxy.kill());
+        old.line("the pod", |line| line["message"] == "pod is served" && line["pod"] == "test/late");
+    });
+}
+
 /// Adds and deletes in a minute.
 const PACE: u32 = 1000;
 /// How much more memory than before the proxy may have afterwards, kilobytes: what the allocator keeps, not what leaks.

@@ -25,6 +25,15 @@ fn hand_over(mesh: &Mesh, proxy: &Connected) {
     assert_eq!(proxy.snapshot_sent(), "");
 }
 
+/// Waits until new connections are refused: a listener goes on for the handshakes that have begun.
+#[track_caller]
+fn wait_for_refusal(client: &Pod, server: &Pod) {
+    until("new connections to be refused", || match client.ask(server.app()) {
+        Ok(greeting) => Err(format!("{greeting:?}")),
+        Err(_) => Ok(()),
+    });
+}
+
 fn state(pod: &Pod, uid: &str) -> Value {
     pod.dump()["workloadState"][uid].clone()
 }
@@ -82,7 +91,7 @@ fn pods_go_on_being_served_without_the_agent_and_readiness_says_what_is_missing(
         client.reaches(server.app());
         assert_eq!(proxy.snapshot_sent(), "");
         client.wait_until_ready();
-        client.is_refused(server.app());
+        wait_for_refusal(&client, &server);
         assert!(state(&client, "server").is_null());
         client.metric(&["workload_manager_proxies_stopped_total 1"]);
         assert!(proxy.keep("client").contains("snapshot"));
@@ -199,7 +208,61 @@ fn a_new_sandbox_of_a_pod_replaces_the_old_one() {
         }
         client.metric(&["workload_manager_proxies_started_total 3"]);
         assert_eq!((proxy.del("server"), proxy.del("server"), proxy.del("never")), Default::default());
-        client.is_refused(server.app());
+        wait_for_refusal(&client, &server);
+    });
+}
+
+#[test]
+fn a_pod_that_is_deleted_keeps_its_live_connections_and_gets_no_new_ones() {
+    scenario(|| {
+        let (mesh, _agent, proxy) = two_pods();
+        let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+        hand_over(&mesh, &proxy);
+        client.wait_until_ready();
+        let (app, _greeter) = (server.listen_at(8081), server.greet());
+        let asking = client.open(server.at(8081));
+        let served = app.accept();
+        say(&asking, "before");
+        hear(&served, "before");
+        assert_eq!(proxy.del("server"), "");
+        // Its listeners are closed, and its pooled and served tunnels take no more streams.
+        wait_for_refusal(&client, &server);
+        for (from, to) in [(&asking, &served), (&served, &asking)] {
+            say(from, "and after");
+            hear(to, "and after");
+        }
+        zspire_testkit::app::finish(&asking);
+        assert_eq!(ending(&served), zspire_testkit::Ending::Orderly);
+        drop(served);
+        assert_eq!(ending(&asking), zspire_testkit::Ending::Orderly);
+        client.metric(&["workload_manager_proxies_stopped_total 1"]);
+    });
+}
+
+#[test]
+fn certificates_of_the_node_come_and_go_with_its_workloads() {
+    scenario(|| {
+        // No pod is handed over: these are fetched before anybody asks.
+        let mesh = mesh().by_hand().node("a").pod("client").pod("server").node("b").pod("elsewhere").start();
+        let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+        let wait_for = |pod: &Pod, there: bool| {
+            until(&format!("the certificate of {}: {there}", pod.name()), || {
+                let certificates = client.dump()["certificates"].clone();
+                let all = certificates.as_array().unwrap().iter();
+                let found =
+                    all.filter(|entry| entry["state"] == "Available").any(|it| it["identity"] == pod.spiffe_id());
+                if found == there { Ok(()) } else { Err(certificates) }
+            });
+        };
+        until("the proxy to answer", || client.connect_admin());
+        wait_for(&client, true);
+        wait_for(&server, true);
+        wait_for(&mesh.pod("elsewhere"), false);
+        mesh.edit(|plan| plan.forget("server"));
+        wait_for(&server, false);
+        wait_for(&client, true);
+        mesh.edit(|plan| plan.remember("server"));
+        wait_for(&server, true);
     });
 }
 

@@ -162,7 +162,7 @@ impl Node {
         };
         tracing::info!(?reason, deadline = ?self.config.termination_deadline, "draining");
         readiness.block("drain", "the proxy is told to stop");
-        self.drain(&served, serving, &mut signals).await;
+        self.drain(&served, serving, &mut signals, &tasks).await;
         tasks.stop.cancel();
         tasks.finished().await;
         anyhow::ensure!(reason.is_some(), "a part of the proxy has failed; the log says which");
@@ -399,7 +399,7 @@ impl Node {
     }
 
     /// Live connections have until the deadline, or until the impatient operator asks again.
-    async fn drain(&self, served: &Served, serving: Serving, signals: &mut Signals) {
+    async fn drain(&self, served: &Served, serving: Serving, signals: &mut Signals, tasks: &Tasks) {
         let left = || served.shared.connections.live().len();
         match serving {
             Serving::Nothing => {}
@@ -417,8 +417,11 @@ impl Node {
             }
             Serving::Shared { stop, drains } => {
                 stop.cancel();
-                // Each pod has the deadline for itself.
-                served.pods.emptied().await;
+                // Each pod has the deadline for itself. A part that has failed may be the one that would drain them.
+                tokio::select! {
+                    () = served.pods.emptied() => {}
+                    () = tasks.stop.cancelled() => {}
+                }
                 tokio::select! {
                     () = drains.finished() => tracing::info!("all connections have ended"),
                     () = signals.again() => {

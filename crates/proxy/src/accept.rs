@@ -8,11 +8,13 @@ use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
+use zspire_sys::socket;
 
 use crate::connect::{canonical, refuse};
 use crate::pod::Pod;
@@ -20,6 +22,9 @@ use crate::proxy::BACKLOG;
 
 /// How long a listener rests when something that a connection needs has run out.
 const REST: Duration = Duration::from_millis(20);
+/// How long a listener goes on when it is no longer wanted: for handshakes that have begun. Others that share its port take
+/// what begins after.
+const HANDSHAKES: Duration = Duration::from_millis(100);
 /// At most one line about it in this time.
 const COMPLAINT: Duration = Duration::from_secs(10);
 
@@ -33,8 +38,10 @@ pub(crate) struct Accepted {
     pub(crate) local: SocketAddr,
 }
 
-/// Accepts connections and starts `serve` for each as a task of the pod, until the pod drains. Clients that wait by then are
-/// accepted first: the kernel resets what is in the queue of a listener that is closed.
+/// Accepts connections and starts `serve` for each as a task of the pod, until the pod drains.
+///
+/// The kernel resets what a listener that is closed has in its queue, and what is in the middle of a handshake with it. So
+/// clients that are new are left to a successor, if there is one, and those that have begun are accepted before it is closed.
 pub(crate) async fn accept<F>(listener: std::net::TcpListener, pod: &Pod, serve: impl Fn(Pod, Accepted) -> F)
 where
     F: Future<Output = ()> + 'static,
@@ -47,15 +54,11 @@ where
         }
     };
     let reserve = Reserve::default();
+    let mut over = pin!(drained(pod, &listener));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = pod.drain().cancelled() => {
-                for (socket, source) in waiting(&listener) {
-                    start(pod, socket, source, &serve);
-                }
-                return;
-            }
+            () = &mut over => break,
         };
         match accepted {
             Ok((socket, source)) => start(pod, socket, source, &serve),
@@ -66,6 +69,19 @@ where
                 tokio::time::sleep(REST).await;
             }
         }
+    }
+    for (socket, source) in waiting(&listener) {
+        start(pod, socket, source, &serve);
+    }
+}
+
+/// Completes when the pod drains and the listener has nobody left who has begun to connect.
+async fn drained(pod: &Pod, listener: &TcpListener) {
+    pod.drain().cancelled().await;
+    let own = u32::try_from(pod.sockets().sharing()).unwrap_or(u32::MAX);
+    // Of a port that is not shared there is no successor.
+    if socket::prefer_later_listeners(listener, own).is_ok() {
+        tokio::time::sleep(HANDSHAKES).await;
     }
 }
 

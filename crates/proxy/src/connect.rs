@@ -21,6 +21,8 @@ use crate::metrics::Flag;
 pub(crate) struct Sockets {
     /// The network namespace of the pod; none: that of this process.
     place: Option<Arc<Visit>>,
+    /// How many listeners of this proxy share each port.
+    sharing: usize,
     mark: Option<u32>,
     original_source: OriginalSource,
     /// Whether the kernel lets us take any source address.
@@ -31,11 +33,12 @@ pub(crate) struct Sockets {
 
 impl Sockets {
     /// Settings, and what the kernel allows.
-    pub(crate) fn new(config: &Config, place: Option<Visit>) -> io::Result<Self> {
+    pub(crate) fn new(config: &Config, place: Option<Visit>, sharing: usize) -> io::Result<Self> {
         let place = place.map(Arc::new);
         let transparent = within(place.as_deref(), socket::can_be_transparent)?;
         Ok(Self {
             place,
+            sharing,
             mark: config.packet_mark,
             original_source: config.original_source,
             transparent: config.original_source != OriginalSource::Off && transparent,
@@ -47,6 +50,11 @@ impl Sockets {
     /// Does something in the pod's network namespace; nothing that waits.
     pub(crate) fn inside<T>(&self, f: impl FnOnce() -> T) -> io::Result<T> {
         within(self.place.as_deref(), f)
+    }
+
+    /// How many listeners of this proxy share each port.
+    pub(crate) fn sharing(&self) -> usize {
+        self.sharing
     }
 
     /// `SO_MARK` of every socket.

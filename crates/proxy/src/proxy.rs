@@ -105,7 +105,8 @@ struct Sockets4 {
 impl Proxy {
     /// Serves a pod on every worker; it listens when this returns. Blocks for a few system calls.
     pub fn start(workers: &Workers, shared: &Arc<Shared>, mut spec: PodSpec) -> Result<Self, StartError> {
-        let sockets = Sockets::new(&shared.config, spec.place.take()).map_err(StartError::Enter)?;
+        let sockets = Sockets::new(&shared.config, spec.place.take(), workers.count());
+        let sockets = sockets.map_err(StartError::Enter)?;
         let share = Share { mark: sockets.mark(), workers: workers.count(), overlap: spec.overlap };
         let sets = sockets.inside(|| share.listen_all(&mut spec.listeners)).map_err(StartError::Enter)??;
         let (drain, cut, tracker) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());

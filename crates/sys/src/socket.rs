@@ -5,7 +5,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -137,6 +137,33 @@ fn bind_source(socket: &Socket, source: IpAddr, to: SocketAddr, transparent: boo
 /// resetting them (`net.ipv4.tcp_migrate_req`, which is for both families). It is a setting of the network namespace.
 pub fn migrate_waiting_clients() -> io::Result<()> {
     std::fs::write("/proc/sys/net/ipv4/tcp_migrate_req", "1")
+}
+
+/// Has the kernel give new clients of a shared port to listeners that were added after the first `own`, if there are as many
+/// (`SO_ATTACH_REUSEPORT_CBPF`): who stops listening has no client in the middle of a handshake then. Where there are no others,
+/// clients come as before. Needs no privilege; an error says that the port is not shared.
+pub fn prefer_later_listeners(fd: impl AsFd, own: u32) -> io::Result<()> {
+    // The same number on every architecture that there are other numbers for (`asm-generic/socket.h`); unknown to `libc` here.
+    const SO_ATTACH_REUSEPORT_CBPF: libc::c_int = 51;
+    let own = own.max(1);
+    let instruction = |code, k| libc::sock_filter { code, jt: 0, jf: 0, k };
+    let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM).cast_unsigned();
+    // A number that no listener has, as when there are too few others, leaves the choice to the kernel.
+    let mut program = [
+        instruction((libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, random),
+        instruction((libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K) as u16, own),
+        instruction((libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K) as u16, own),
+        instruction((libc::BPF_RET | libc::BPF_A) as u16, 0),
+    ];
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    let length = size_of::<libc::sock_fprog>() as libc::socklen_t;
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: the option's value is one sock_fprog, whose program lives through the call; the kernel copies both.
+    let status = unsafe {
+        let value = (&raw const filter).cast();
+        libc::setsockopt(fd, libc::SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, value, length)
+    };
+    if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Whether this process may mark packets.

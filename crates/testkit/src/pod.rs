@@ -231,6 +231,11 @@ impl Pod {
         self.http(ADMIN, request, headers).expect("the admin port answers")
     }
 
+    /// Whether the admin port of its proxy can be reached.
+    pub fn connect_admin(&self) -> io::Result<()> {
+        self.http(ADMIN, "GET /config_dump", &[]).map(drop)
+    }
+
     /// Its proxy's metrics.
     #[track_caller]
     pub fn metrics(&self) -> String {

@@ -188,7 +188,7 @@ impl Book {
         );
         // A pod that was started again may be faster than the news of its end.
         if has_ended(&stale.record) {
-            self.leave(uid, true).await?;
+            self.leave(uid).await?;
             return Box::pin(self.admit(record, netns)).await;
         }
         bail!(
@@ -243,12 +243,12 @@ impl Book {
             Which::Uid(uid) => format!("no pod with the uid {uid} is enrolled here"),
             Which::Pod { namespace, name } => format!("no pod {namespace}/{name} is enrolled here"),
         })?;
-        self.leave(&record.uid, false).await?;
+        self.leave(&record.uid).await?;
         Ok(record)
     }
 
-    /// Proxies first, then its connections, then the rules. One that has `ended` has no connections to wait for.
-    async fn leave(self: &Arc<Self>, uid: &str, ended: bool) -> anyhow::Result<()> {
+    /// Proxies first, then its connections, then the rules: other processes may be where one has ended.
+    async fn leave(self: &Arc<Self>, uid: &str) -> anyhow::Result<()> {
         let Some(entry) = self.lock().get(uid).cloned() else { return Ok(()) };
         let mut stage = entry.turn.lock().await;
         if *stage != Stage::Entered {
@@ -256,9 +256,7 @@ impl Book {
         }
         self.hub.remove(uid);
         self.hub.left(uid).await;
-        if !ended {
-            self.connections_have_ended(&entry).await?;
-        }
+        self.connections_have_ended(&entry).await?;
         let (book, left) = (self.clone(), entry.clone());
         blocking(move || {
             rules::remove(&left.netns)?;
@@ -325,14 +323,20 @@ impl Book {
     /// Whether the pod is still there.
     async fn take_up(self: &Arc<Self>, record: Record) -> anyhow::Result<bool> {
         let kept = self.folder.netns(&record.uid).ok().filter(|netns| netns.inode().ok() == Some(record.inode));
-        if has_ended(&record) || kept.is_none() && !self.hold_again(&record)? {
-            if let Some(netns) = kept {
-                blocking(move || rules::remove(&netns)).await?;
-            }
+        let ended = has_ended(&record);
+        if kept.is_none() && (ended || !self.hold_again(&record)?) {
             self.folder.forget(&record.uid)?;
             return Ok(false);
         }
         let netns = self.folder.netns(&record.uid).context("cannot open the network namespace that was kept")?;
+        if ended {
+            let (book, uid) = (self.clone(), record.uid.clone());
+            let entry = Entry { record, netns, turn: turn(Stage::Entered), watch: CancellationToken::new() };
+            self.lock().insert(uid.clone(), entry);
+            // Proxies that connect are not told of it, and drain what they have of it.
+            tokio::spawn(async move { book.leave_ended(&uid).await });
+            return Ok(false);
+        }
         let process = match record.until {
             Until::Process { pid, .. } => Some(Pidfd::open(pid).context("cannot hold the process")?),
             _ => None,
@@ -364,10 +368,14 @@ impl Book {
                 () = end(&record, process) => {}
             }
             tracing::info!(uid = record.uid, pod = record.pod(), "pod has ended");
-            if let Err(error) = book.leave(&record.uid, true).await {
-                tracing::error!(uid = record.uid, error = format!("{error:#}"), "a pod that has ended stays enrolled");
-            }
+            book.leave_ended(&record.uid).await;
         });
+    }
+
+    async fn leave_ended(self: &Arc<Self>, uid: &str) {
+        if let Err(error) = self.leave(uid).await {
+            tracing::error!(uid, error = format!("{error:#}"), "a pod that has ended stays enrolled");
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {

@@ -103,3 +103,33 @@ fn root_can_do_it_all() {
     off.unwrap();
     assert!(!v6_off.run(socket::ipv6_available).unwrap());
 }
+
+#[test]
+fn later_listeners_of_a_shared_port_are_preferred_while_there_are_some() {
+    let netns = zspire_sys::netns::Netns::new().unwrap();
+    let listen = |port| {
+        let options = Listen {
+            address: (std::net::Ipv4Addr::LOCALHOST, port).into(),
+            mark: None,
+            reuse_port: true,
+            transparent: false,
+            v6_only: false,
+            backlog: 128,
+        };
+        netns.run(|| socket::listen(&options)).unwrap().unwrap()
+    };
+    let old = listen(0);
+    let address = old.local_addr().unwrap();
+    let (old, new) = ([old, listen(address.port())], [listen(address.port()), listen(address.port())]);
+    let arrive = || drop((0..40).map(|_| crate::connect(&netns, address)).collect::<Vec<_>>());
+    let waiting =
+        |of: &[TcpListener]| of.iter().map(|it| std::iter::from_fn(|| it.accept().ok()).count()).sum::<usize>();
+    arrive();
+    assert!(waiting(&old) > 0 && waiting(&new) > 0, "all of them share the port");
+    socket::prefer_later_listeners(&old[0], 2).unwrap();
+    arrive();
+    assert_eq!((waiting(&old), waiting(&new)), (0, 40));
+    drop(new);
+    arrive();
+    assert_eq!(waiting(&old), 40);
+}
