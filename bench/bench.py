@@ -7,7 +7,7 @@ proxies from /proc; it is the figure to trust.
 
     --rounds N    rounds of each measurement (3)
     --seconds N   length of each sample (3)
-    --only A,B    of: traffic, memory, start, workloads, ca
+    --only A,B    of: traffic, inpod, services, push, memory, start, workloads, ca
     --json FILE   the figures as JSON as well
 """
 
@@ -252,20 +252,26 @@ WORK = [
 ]
 
 
-def traffic(network, programs, rounds, seconds):
-    """CPU per unit, p50 and p99 of each kind of work, the programs taking turns."""
+def traffic(network, programs, rounds, seconds, work=WORK):
+    """CPU per unit, p50 and p99 of each kind of work, the programs taking turns.
+
+    A program is what captures its traffic (ports for the rules, or a pair of calls to begin and to end) and its processes.
+    """
     samples = {}
     for number in range(rounds):
-        for name, _unit, work in WORK:
+        for name, _unit, work_of in work:
             for program, (outbound, inbound, processes) in programs.items():
-                network.rules(outbound, inbound)
+                captured = callable(outbound)
+                outbound() if captured else network.rules(outbound, inbound)
                 before = [p.cpu() for p in processes]
                 started = time.monotonic()
-                sample = work(seconds)
+                sample = work_of(seconds)
                 sample["rate"] = sample["units"] / (time.monotonic() - started)
                 sample["cpu"] = sum(p.cpu() - b for p, b in zip(processes, before)) / sample["units"]
                 samples.setdefault(name, {}).setdefault(program, []).append(sample)
                 report.progress(f"round {number + 1}/{rounds}  {name:32} {program}")
+                if captured:
+                    inbound()
     network.rules()
     return {
         name: {
@@ -274,6 +280,119 @@ def traffic(network, programs, rounds, seconds):
         }
         for name, by_program in samples.items()
     }
+
+
+class InPod:
+    """One proxy for both pods, which are enrolled as on a plain machine."""
+
+    def __init__(self, run, mesh):
+        self.agent_socket = run / "agent.sock"
+        env = {
+            "INPOD_UDS": str(run / "zds.sock"), "ZSPIRE_AGENT_SOCKET": str(self.agent_socket),
+            "ZSPIRE_AGENT_STATE_DIR": str(run / "agent"),
+        }
+        self.agent = self.start([ZSPIRE, "node-agent"], env, run / "agent.log")
+        wait_for("the node agent", self.agent_socket.exists, log=run / "agent.log")
+        proxy = {**zspire_env(run, "node", mesh), **env, "PROXY_MODE": "shared"}
+        del proxy["PROXY_WORKLOAD_INFO"]
+        self.proxy = self.start([ZSPIRE, "proxy"], proxy, run / "inpod.log")
+        self.processes = [self.proxy]
+
+    def start(self, command, env, log):
+        process = Process.__new__(Process)
+        process.popen = subprocess.Popen(
+            [str(part) for part in command], env={**os.environ, **env}, stdout=open(log, "wb"), stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+        process.pid = process.popen.pid
+        return process
+
+    def zspire(self, *arguments):
+        sh(str(ZSPIRE), *arguments, "--agent", str(self.agent_socket), timeout=30)
+
+    def begin(self):
+        for pod in ("client", "server"):
+            self.zspire("enroll", "--netns", f"/run/netns/{pod}", "--name", pod, "--namespace", "default",
+                        "--service-account", pod)
+
+    def end(self):
+        for pod in ("client", "server"):
+            self.zspire("unenroll", f"default/{pod}")
+
+    def stop(self):
+        self.proxy.stop()
+        self.agent.stop()
+
+
+def many_services(run, network, rounds, seconds, services=1000, endpoints=100):
+    """CPU of new connections to a service: one of one endpoint, and one of many with many endpoints each."""
+    vip = "10.97.0.1"
+    sh(*inside("client", "ip", "route", "add", "10.97.0.0/16", "dev", "veth0"))
+    sh(*inside("client", "ip", "route", "add", "10.98.0.0/16", "dev", "veth0"))
+    for n in range(endpoints):
+        sh(*inside("server", "ip", "addr", "add", f"10.98.0.{n + 1}/32", "dev", "veth0"))
+
+    def mesh(path, services, endpoints):
+        lines = ["workloads:"]
+        lines.append(f'- {{uid: bench/client, name: client, namespace: default, serviceAccount: client, '
+                     f'workloadIps: ["{CLIENT}"], protocol: HBONE, node: client, network: ""}}')
+        for s in range(services):
+            for e in range(endpoints):
+                ip = f"10.98.0.{e + 1}" if s == 0 else f"10.{100 + s // 250}.{s % 250}.{e + 1}"
+                lines.append(f'- {{uid: w-{s}-{e}, name: w-{s}-{e}, namespace: default, serviceAccount: w, '
+                             f'workloadIps: ["{ip}"], protocol: TCP, node: n, network: "", '
+                             f'services: {{"default/s{s}.default": {{80: {APP}}}}}}}')
+        lines.append("services:")
+        for s in range(services):
+            lines.append(f'- {{name: s{s}, namespace: default, hostname: s{s}.default, '
+                         f'vips: ["/10.97.{s // 250}.{s % 250 + 1}"], ports: {{80: {APP}}}}}')
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def connections(seconds):
+        command = ["wrk", "-t", 1, "-c", 16, "-d", f"{seconds}s", "-H", "Connection: close", f"http://{vip}:80/"]
+        out = sh(*inside("client", *command), timeout=seconds + 30)
+        return int(re.search(r"(\d+) requests in", out)[1]) / 1e5
+
+    figures = {}
+    for _ in range(rounds):
+        for name, (s, e) in (("1 x 1", (1, 1)), (f"{services:,} x {endpoints}", (services, endpoints))):
+            proxy = start_zspire(run, "client", mesh(run / "services.yaml", s, e))
+            network.rules(15001, None)
+            before = proxy.cpu()
+            units = connections(seconds)
+            figures.setdefault(name, []).append((proxy.cpu() - before) / units)
+            proxy.stop()
+            network.rules()
+            report.progress(f"services {name}")
+    return {name: statistics.median(taken) for name, taken in figures.items()}
+
+
+def push(run, network, mesh, count=100_000):
+    """The longest request, in milliseconds, in a quiet while and while `count` workloads arrive."""
+    network.rules(15001, 15006)
+    small, large = mesh.read_text(), run / "pushed.yaml"
+    with large.open("w") as out:
+        out.write(small.split("policies:")[0])
+        for i in range(count):
+            ip = f"10.{100 + i // 65536}.{i // 256 % 256}.{i % 256}"
+            out.write(f'- {{uid: p-{i}, name: p-{i}, namespace: ns-{i % 500}, serviceAccount: sa, workloadIps: ["{ip}"], '
+                      f'protocol: HBONE, trustDomain: cluster.local, node: n-{i % 1000}, network: ""}}\n')
+        out.write("policies:" + small.split("policies:")[1])
+    log = run / "probe.log"
+    probe = Process("client", [sys.executable, Path(__file__).parent / "probe.py", SERVER, APP], log=log)
+    time.sleep(6)
+    marker = len(log.read_text().splitlines())
+    os.replace(large, mesh)
+    # Longer than it takes to be noticed and read; whether it was is looked at afterwards, since a dump costs time itself.
+    time.sleep(8)
+    probe.stop()
+    network.rules()
+    known = len(json.loads(get("client", 15000, "/config_dump"))["workloads"])
+    if known != count + 2:
+        raise SystemExit(f"bench: {known} workloads instead of {count + 2}")
+    lines = [float(line) for line in log.read_text().splitlines()]
+    return {"quiet": max(lines[10:marker]), "pushed": max(lines[marker:])}
 
 
 def idle_connections(network, programs, count):
@@ -369,7 +488,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=int, default=3)
-    options.add_argument("--only", default="traffic,memory,start,workloads,ca")
+    options.add_argument("--only", default="traffic,inpod,services,push,memory,start,workloads,ca")
     options.add_argument("--idle", type=int, default=10_000, help="idle connections to hold")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
@@ -393,7 +512,13 @@ def main():
             figures["workloads"] = many_workloads(run)
         if "ca" in only:
             figures["ca"] = certificates(run, args.seconds)
-        if only & {"traffic", "memory"}:
+        if only & {"services"}:
+            apps = start_apps(run)
+            figures["services"] = many_services(run, network, args.rounds, args.seconds)
+            for process in apps:
+                process.stop()
+            shutil.rmtree(run / "nginx")
+        if only & {"traffic", "memory", "inpod", "push"}:
             processes += start_apps(run)
             zspire = [start_zspire(run, side, mesh) for side in ("client", "server")]
             processes += zspire
@@ -404,6 +529,15 @@ def main():
                 figures["memory"] = idle_connections(network, programs, args.idle)
             if "traffic" in only:
                 figures["traffic"] = traffic(network, programs, args.rounds, args.seconds)
+            if "push" in only:
+                figures["push"] = push(run, network, mesh)
+            if "inpod" in only:
+                for process in zspire:
+                    process.stop()
+                one = InPod(run, mesh_file(run / "inpod.yaml"))
+                processes.append(one)
+                programs = {"zspire": (one.begin, one.end, one.processes), "envoy": (16001, None, envoys)}
+                figures["inpod"] = traffic(network, programs, args.rounds, args.seconds)
         report.show(figures, WORK)
         if args.json:
             args.json.write_text(json.dumps(figures, indent=1))
