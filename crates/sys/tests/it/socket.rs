@@ -122,8 +122,9 @@ fn later_listeners_of_a_shared_port_are_preferred_while_there_are_some() {
     let address = old.local_addr().unwrap();
     let (old, new) = ([old, listen(address.port())], [listen(address.port()), listen(address.port())]);
     let arrive = || drop((0..40).map(|_| crate::connect(&netns, address)).collect::<Vec<_>>());
-    let waiting =
-        |of: &[TcpListener]| of.iter().map(|it| std::iter::from_fn(|| it.accept().ok()).count()).sum::<usize>();
+    let waiting = |of: &[std::net::TcpListener]| {
+        of.iter().map(|it| std::iter::from_fn(|| it.accept().ok()).count()).sum::<usize>()
+    };
     arrive();
     assert!(waiting(&old) > 0 && waiting(&new) > 0, "all of them share the port");
     socket::prefer_later_listeners(&old[0], 2).unwrap();
