@@ -49,7 +49,8 @@ fn control_plane_down_at_the_start_is_told_and_waited_for() {
 #[test]
 fn join_token_that_is_refused_is_not_shown_again() {
     scenario(|| {
-        let mesh = mesh().control_plane().node("a").pod("client").pod(captured("server").not_started()).start();
+        let mesh =
+            mesh().dedicated().control_plane().node("a").pod("client").pod(captured("server").not_started()).start();
         let server = mesh.pod("server");
         let path = mesh.path("server.token");
         let good = std::fs::read(&path).unwrap();

@@ -49,6 +49,8 @@ pub(crate) struct Host {
 impl Host {
     /// Starts the proxy, also again.
     pub(crate) fn start(&self) {
+        // The one before ends first: both want the same ports.
+        drop(lock(&self.proxy).take());
         let process = Process::start(&format!("proxy-{}", self.name), self.folder(), self.proxy_command());
         *lock(&self.proxy) = Some(process);
     }

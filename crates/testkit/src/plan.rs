@@ -425,6 +425,12 @@ impl Plan {
         self.policies.clear();
     }
 
+    /// A proxy in each pod, whatever the test is called: it is about one pod's proxy and its settings.
+    #[must_use]
+    pub fn dedicated(self) -> Self {
+        Self { mode: Mode::Dedicated, ..self }
+    }
+
     /// One proxy on each node; a node agent enrols the pods there.
     #[must_use]
     pub fn shared(self) -> Self {
