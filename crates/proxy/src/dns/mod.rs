@@ -15,7 +15,7 @@ mod server;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use zspire_model::Str;
+use zspire_model::{Snapshot, Str, Workload};
 
 pub(crate) use server::{Sockets, datagrams, serve};
 
@@ -37,6 +37,12 @@ impl Config {
     pub fn new(domain: impl Into<String>, upstreams: Upstreams) -> Self {
         Self { domain: domain.into(), preferred_namespace: None, upstreams, queries: forward::Own::default() }
     }
+}
+
+/// What is said over UDP to whatever bytes a pod's application sends, by the mesh alone; nothing to what would be forwarded. For
+/// fuzzing: the server does the same.
+pub fn reply(domain: &str, snapshot: &Snapshot, client: &Workload, bytes: &[u8]) -> Option<Vec<u8>> {
+    server::reply(&answer::Zone::new(domain, None)?, snapshot, client, bytes)
 }
 
 /// Servers of other names.

@@ -11,12 +11,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
-use hickory_proto::rr::RecordType;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::{Instant, timeout};
-use zspire_model::Workload;
+use zspire_model::{Snapshot, Workload};
 
 use super::Config;
 use super::answer::{Answer, Decision, Zone};
@@ -199,32 +198,26 @@ impl Resolver {
 
     /// Reads a query, and answers it if that can be done at once.
     fn begin(&self, bytes: &[u8], from: SocketAddr, transport: Transport) -> Begun {
-        let Ok(query) = Message::from_vec(bytes) else { return Begun::Done(malformed(bytes)) };
-        // An answer to an answer could go on for ever.
-        if query.metadata.message_type != MessageType::Query {
-            return Begun::Done(None);
-        }
-        let asked = Asked { bytes: bytes.to_vec(), query, transport };
+        let asked = match read(bytes, transport) {
+            Ok(asked) => asked,
+            Err(done) => return Begun::Done(done),
+        };
         let refuse = |code| Begun::Done(Some(asked.refusal(code)));
-        if asked.query.metadata.op_code != OpCode::Query {
-            return refuse(ResponseCode::NotImp);
-        }
-        let [question] = &asked.query.queries[..] else { return refuse(ResponseCode::FormErr) };
         if self.0.queries.is(from.port(), asked.query.metadata.id) {
             tracing::error!(
-                name = %question.name(),
+                name = %asked.question.name(),
                 "a forwarded DNS query came back: redirection does not exempt this proxy (PACKET_MARK), or a DNS server in \
                  its /etc/resolv.conf is itself"
             );
             return refuse(ResponseCode::Refused);
         }
         if let Some(local) = self.client()
-            && let Some(answer) = self.mesh_answer(&asked, question, &local.workload)
+            && let Some(answer) = self.mesh_answer(&asked, &local.workload)
         {
             return Begun::Done(Some(answer));
         }
         match Counted::new(&self.0, |inner| &inner.waiting, WAITING) {
-            Some(place) => Begun::Waits(Waiting { resolver: self.clone(), asked, _place: place }),
+            Some(place) => Begun::Waits(Box::new(Waiting { resolver: self.clone(), asked, _place: place })),
             None => refuse(ResponseCode::ServFail),
         }
     }
@@ -239,15 +232,10 @@ impl Resolver {
     }
 
     /// The answer of the mesh; none if somebody else has to be asked.
-    fn mesh_answer(&self, asked: &Asked, question: &Query, client: &Arc<Workload>) -> Option<Vec<u8>> {
+    fn mesh_answer(&self, asked: &Asked, client: &Arc<Workload>) -> Option<Vec<u8>> {
         let zone = &self.0.zone;
-        let decision = self.0.pod.mesh(|snapshot| zone.answer(snapshot, client, question, &mut rand::rng()));
-        let answer = match decision {
-            Decision::Forward => return None,
-            Decision::Answer(answer) => asked.answer(*answer),
-            Decision::Refuse(code) => asked.refusal(code),
-        };
-        self.count(&asked.labels(question.query_type(), Some(client)));
+        let answer = self.0.pod.mesh(|snapshot| asked.answer_of(zone, snapshot, client))?;
+        self.count(&asked.labels(Some(client)));
         Some(answer)
     }
 
@@ -260,7 +248,7 @@ impl Resolver {
 enum Begun {
     /// It is answered, or not worth an answer.
     Done(Option<Vec<u8>>),
-    Waits(Waiting),
+    Waits(Box<Waiting>),
 }
 
 /// A query that waits for discovery or for another server.
@@ -273,25 +261,25 @@ struct Waiting {
 impl Waiting {
     async fn finish(self) -> Vec<u8> {
         let Self { resolver, asked, .. } = &self;
-        let [question] = &asked.query.queries[..] else { return asked.refusal(ResponseCode::FormErr) };
+        let question = &asked.question;
         let client = match resolver.client() {
             Some(local) => local.workload.clone(),
             // A pod may be faster than the news of it.
             None => match resolver.0.pod.local().await {
                 Ok(local) => {
-                    if let Some(answer) = resolver.mesh_answer(asked, question, &local.workload) {
+                    if let Some(answer) = resolver.mesh_answer(asked, &local.workload) {
                         return answer;
                     }
                     local.workload.clone()
                 }
                 Err(error) => {
                     tracing::debug!(%error, name = %question.name(), "a DNS query is not answered");
-                    resolver.count(&asked.labels(question.query_type(), None));
+                    resolver.count(&asked.labels(None));
                     return asked.refusal(ResponseCode::ServFail);
                 }
             },
         };
-        let labels = asked.labels(question.query_type(), Some(&client));
+        let labels = asked.labels(Some(&client));
         resolver.count(&labels);
         let started = Instant::now();
         let answer = resolver.0.forwarder.ask(&asked.bytes, question, asked.transport).await;
@@ -310,12 +298,47 @@ impl Waiting {
 struct Asked {
     bytes: Vec<u8>,
     query: Message,
+    /// The only question in it.
+    question: Query,
     transport: Transport,
 }
 
+/// Reads a query; if it is none that can be answered, what is said to that.
+fn read(bytes: &[u8], transport: Transport) -> Result<Asked, Option<Vec<u8>>> {
+    let query = Message::from_vec(bytes).map_err(|_| malformed(bytes))?;
+    // An answer to an answer could go on for ever.
+    if query.metadata.message_type != MessageType::Query {
+        return Err(None);
+    }
+    let question = query.queries.first().cloned().unwrap_or_default();
+    let asked = Asked { bytes: bytes.to_vec(), query, question, transport };
+    match &asked.query.queries[..] {
+        _ if asked.query.metadata.op_code != OpCode::Query => Err(Some(asked.refusal(ResponseCode::NotImp))),
+        [_] => Ok(asked),
+        _ => Err(Some(asked.refusal(ResponseCode::FormErr))),
+    }
+}
+
+/// What is said over UDP to whatever bytes a client sends, by the mesh alone: nothing to what would be forwarded.
+pub(super) fn reply(zone: &Zone, snapshot: &Snapshot, client: &Workload, bytes: &[u8]) -> Option<Vec<u8>> {
+    match read(bytes, Transport::Udp) {
+        Ok(asked) => asked.answer_of(zone, snapshot, client),
+        Err(done) => done,
+    }
+}
+
 impl Asked {
-    fn labels(&self, kind: RecordType, client: Option<&Workload>) -> Labels {
-        Labels::new(kind, self.transport, client)
+    fn labels(&self, client: Option<&Workload>) -> Labels {
+        Labels::new(self.question.query_type(), self.transport, client)
+    }
+
+    /// The answer of a mesh; none if somebody else has to be asked.
+    fn answer_of(&self, zone: &Zone, snapshot: &Snapshot, client: &Workload) -> Option<Vec<u8>> {
+        match zone.answer(snapshot, client, &self.question, &mut rand::rng()) {
+            Decision::Forward => None,
+            Decision::Answer(answer) => Some(self.answer(*answer)),
+            Decision::Refuse(code) => Some(self.refusal(code)),
+        }
     }
 
     /// The beginning of an answer: what is asked, and what the client says of itself.
