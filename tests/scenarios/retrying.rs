@@ -1,5 +1,7 @@
 //! Endpoints that cannot be reached: another one is, and the application does not notice.
 
+use std::time::{Duration, Instant};
+
 use serde_json::Value;
 use zspire_testkit::policy::deny_from;
 use zspire_testkit::{Mesh, Pod, mesh, uncaptured};
@@ -128,5 +130,31 @@ fn without_another_endpoint_the_failure_is_told() {
         client.is_refused(mesh.service("api"));
         client.refusal("outbound", "503");
         assert!(!client.metrics().contains("zspire_upstream_retries_total"));
+    });
+}
+
+#[test]
+fn endpoint_that_says_nothing_is_given_up() {
+    scenario(|| {
+        let (mesh, client, good, bad) = two_endpoints();
+        let _apps = (good.greet(), bad.greet());
+        // As a network policy does it that does not know of tunnels.
+        let rules = "add table inet silence; add chain inet silence in { type filter hook input priority 0; }; \
+                     add rule inet silence in tcp dport 15008 drop";
+        let silenced = bad.command("nft", &[rules]).output().unwrap();
+        assert!(silenced.status.success(), "{}", String::from_utf8_lossy(&silenced.stderr));
+        zspire_testkit::until("the silent one to be chosen first", || {
+            let began = Instant::now();
+            assert_eq!(client.reaches(mesh.service("api")).by, "good");
+            match began.elapsed() {
+                took if took > Duration::from_secs(3) => {
+                    assert!(took < Duration::from_secs(9), "{took:?}");
+                    Ok(())
+                }
+                took => Err(format!("{took:?}")),
+            }
+        });
+        let line = client.access("outbound", was_retried);
+        assert_eq!(line["dst.workload"], "good");
     });
 }
