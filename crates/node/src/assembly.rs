@@ -70,6 +70,10 @@ fn secure(config: &Config) -> Vec<String> {
     if config.mode == Mode::Shared {
         keep.push(Capability::SysAdmin);
     }
+    if config.identity.is_per_workload() && config.spire.by_process {
+        // The namespaces of other users' processes, by which a pod's are found.
+        keep.push(Capability::SysPtrace);
+    }
     let mut problems = Vec::new();
     let mut note = |what: &str, done: std::io::Result<()>| {
         problems.extend(done.err().map(|error| format!("{what}: {error}")));
