@@ -129,32 +129,9 @@ fn refused(status: &Status) -> Failure {
         Code::ResourceExhausted => "overloaded",
         _ => "error",
     };
-    let code = name(status.code());
+    let code = grpc::code_name(status.code());
     Failure::new(reason, format!("the CA did not issue the certificate: {} ({code})", grpc::explain(status)))
         .with_code(code)
-}
-
-/// gRPC's own name of a code, as its documentation and other tools print it.
-fn name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "Ok",
-        Code::Cancelled => "Cancelled",
-        Code::Unknown => "Unknown",
-        Code::InvalidArgument => "InvalidArgument",
-        Code::DeadlineExceeded => "DeadlineExceeded",
-        Code::NotFound => "NotFound",
-        Code::AlreadyExists => "AlreadyExists",
-        Code::PermissionDenied => "PermissionDenied",
-        Code::ResourceExhausted => "ResourceExhausted",
-        Code::FailedPrecondition => "FailedPrecondition",
-        Code::Aborted => "Aborted",
-        Code::OutOfRange => "OutOfRange",
-        Code::Unimplemented => "Unimplemented",
-        Code::Internal => "Internal",
-        Code::Unavailable => "Unavailable",
-        Code::DataLoss => "DataLoss",
-        Code::Unauthenticated => "Unauthenticated",
-    }
 }
 
 fn has_cause<E: std::error::Error + 'static>(status: &Status) -> bool {
