@@ -8,6 +8,7 @@
 pub mod options;
 
 mod mesh_file;
+mod spire;
 mod value;
 
 use std::collections::BTreeMap;
@@ -15,10 +16,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use spire::Spire;
+
 use options as opt;
 use options::{Values, Variable};
-use zspire_identity::spire::{Endpoint, EndpointError};
-use zspire_model::SpiffeId;
 use zspire_proxy::dns::Listen;
 
 /// A setting that cannot be used, with the variable to mend.
@@ -129,21 +130,6 @@ impl IdentitySource {
             Self::WorkloadApi => "workload-api",
         }
     }
-}
-
-/// How SPIRE is asked.
-#[derive(Debug, Clone, Default)]
-pub struct Spire {
-    pub workload_api: Option<Endpoint>,
-    pub broker: Option<Endpoint>,
-    pub admin: Option<Endpoint>,
-    /// By process, not by pod.
-    pub by_process: bool,
-    pub unattested_selectors: bool,
-    /// Who must answer at the broker's socket; none: any agent of the trust domain.
-    pub agent: Option<SpiffeId>,
-    pub hint: Option<String>,
-    pub accept_other_id: bool,
 }
 
 /// What is asked of key exchange beyond the default.
@@ -338,7 +324,7 @@ impl Config {
                 _ => None,
             },
             identity,
-            spire: spire(v, identity)?,
+            spire: Spire::parse(v, identity)?,
             token: token(v),
             secret_ttl: value::duration(v, &opt::SECRET_TTL, Duration::from_secs(24 * 3600))?,
             series_grace: value::duration(v, &opt::ZSPIRE_SERIES_GRACE, Duration::from_secs(300))?,
@@ -393,37 +379,12 @@ impl Config {
         if self.identity == IdentitySource::IstioCa && self.ca.is_none() && self.proxy {
             return refuse("CA_ADDRESS is empty: name a CA, or set IDENTITY_SOURCE=local for development");
         }
-        self.check_spire()?;
+        self.spire.check(self.identity, &self.mode)?;
         if let Some(Server { address, .. }) = &self.ca
             && address.starts_with("http://")
             && self.token.is_some()
         {
             return refuse("CA_ADDRESS is http://: a token is never sent without TLS; use https://");
-        }
-        Ok(())
-    }
-
-    fn check_spire(&self) -> Result<(), Error> {
-        let Spire { workload_api, broker, admin, unattested_selectors, .. } = &self.spire;
-        let needs = |name: &str, there: bool| match there {
-            true => Ok(()),
-            false => Err(Error::Combination(format!("IDENTITY_SOURCE={} needs {name}", self.identity.name()))),
-        };
-        match self.identity {
-            IdentitySource::IstioCa | IdentitySource::Local => {}
-            IdentitySource::SpireBroker => {
-                needs("SPIFFE_BROKER_SOCKET", broker.is_some())?;
-                needs("SPIFFE_ENDPOINT_SOCKET, where the proxy's own SVID comes from", workload_api.is_some())?;
-            }
-            IdentitySource::SpireDelegated => needs("SPIRE_ADMIN_ENDPOINT_SOCKET", admin.is_some())?,
-            IdentitySource::WorkloadApi => {
-                needs("SPIFFE_ENDPOINT_SOCKET", workload_api.is_some())?;
-                needs("PROXY_MODE=dedicated: it has one identity for the process", self.mode != Mode::Shared)?;
-            }
-        }
-        if *unattested_selectors && self.identity != IdentitySource::SpireDelegated {
-            let why = "SPIRE_UNATTESTED_SELECTORS is for IDENTITY_SOURCE=spire-delegated alone";
-            return Err(Error::Combination(why.into()));
         }
         Ok(())
     }
@@ -511,35 +472,6 @@ fn identity_source(v: &Values, in_kubernetes: bool) -> Result<IdentitySource, Er
         ));
     }
     Ok(source)
-}
-
-fn spire(v: &Values, source: IdentitySource) -> Result<Spire, Error> {
-    let endpoint = |variable: &'static Variable| -> Result<Option<Endpoint>, Error> {
-        let parse = |text: &str| text.parse().map_err(|e: EndpointError| value::error(variable, text, &e.to_string()));
-        v.get(variable).map(parse).transpose()
-    };
-    let by_process = match v.get(&opt::SPIFFE_REFERENCE) {
-        None => source == IdentitySource::SpireDelegated,
-        Some("pid") => true,
-        Some("pod") if source == IdentitySource::SpireDelegated => {
-            let why = "SPIFFE_REFERENCE=pod: the Delegated Identity API takes processes only; use IDENTITY_SOURCE=spire-broker";
-            return Err(Error::Combination(why.into()));
-        }
-        Some("pod") => false,
-        Some(other) => return Err(value::error(&opt::SPIFFE_REFERENCE, other, "expected pod or pid")),
-    };
-    let agent = v.get(&opt::SPIRE_AGENT_ID);
-    let agent = agent.map(|id| id.parse().map_err(|_| value::error(&opt::SPIRE_AGENT_ID, id, "expected a SPIFFE ID")));
-    Ok(Spire {
-        workload_api: endpoint(&opt::SPIFFE_ENDPOINT_SOCKET)?,
-        broker: endpoint(&opt::SPIFFE_BROKER_SOCKET)?,
-        admin: endpoint(&opt::SPIRE_ADMIN_ENDPOINT_SOCKET)?,
-        by_process,
-        unattested_selectors: value::flag(v, &opt::SPIRE_UNATTESTED_SELECTORS, false)?,
-        agent: agent.transpose()?,
-        hint: v.get(&opt::SPIFFE_HINT).map(str::to_owned),
-        accept_other_id: value::flag(v, &opt::SPIFFE_ACCEPT_OTHER_ID, false)?,
-    })
 }
 
 fn discovery_source(
