@@ -16,6 +16,8 @@ use tracing_subscriber::fmt::MakeWriter;
 const QUEUE: usize = 16_384;
 /// How long the end of the process waits for them.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
+/// How long lines are gathered before they are written.
+const GATHER: Duration = Duration::from_millis(2);
 /// Bytes that are written at once at most, so that a burst is not one system call a line.
 const BATCH: usize = 64 << 10;
 
@@ -57,6 +59,10 @@ fn write(mut to: impl Write, lines: &Receiver<Vec<u8>>, ending: &AtomicBool) {
     let mut batch = Vec::new();
     while let Ok(line) = lines.recv() {
         batch.extend_from_slice(&line);
+        if !ending.load(Ordering::Acquire) {
+            // Who sends to a thread that waits has to wake it, which costs a worker more than the line does.
+            std::thread::sleep(GATHER);
+        }
         let empty = loop {
             if batch.len() >= BATCH {
                 break false;
