@@ -193,7 +193,7 @@ http {{
   access_log off; keepalive_requests 100000000; keepalive_timeout 3600s;
   client_body_temp_path {run}/nginx/b; proxy_temp_path {run}/nginx/p; fastcgi_temp_path {run}/nginx/f;
   uwsgi_temp_path {run}/nginx/u; scgi_temp_path {run}/nginx/s;
-  server {{ listen {SERVER}:{APP} backlog=4096; location / {{ return 200 "{body}"; }}
+  server {{ listen {APP} backlog=4096; location / {{ return 200 "{body}"; }}
     location = /16k {{ root {run}/nginx; }} }}
 }}""")
     nginx = Process("server", ["nginx", "-c", run / "nginx.conf", "-p", run / "nginx"], log=run / "nginx.log")
