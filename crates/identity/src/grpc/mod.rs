@@ -21,9 +21,9 @@ use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
-use tonic::{Code, Status};
 use tonic::body::Body;
 use tonic::transport::Endpoint;
+use tonic::{Code, Status};
 use tower::{BoxError, Service, ServiceExt as _};
 
 pub use client_identity::ClientIdentity;
