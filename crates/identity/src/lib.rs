@@ -25,6 +25,7 @@ pub mod serving;
 pub mod source;
 pub mod spire;
 pub mod stats;
+pub mod story;
 pub mod tls;
 pub mod x509;
 
@@ -35,4 +36,5 @@ pub use key::PrivateKey;
 pub use revocation::Revocation;
 pub use source::{Entry, NotReady, Priority, Source, State, Watch, WorkloadKey};
 pub use stats::Stats;
+pub use story::Story;
 pub use tls::{Evidence, ExpectedPeers, Peer};

@@ -21,6 +21,7 @@ use zspire_model::{SpiffeId, Str};
 
 use crate::credentials::Credentials;
 use crate::stats::Stats;
+use crate::story::Story;
 use crate::x509::CertificateView;
 
 /// Where identities come from.
@@ -110,7 +111,7 @@ impl State {
     }
 
     /// Why there are none.
-    fn why(&self) -> Option<&Str> {
+    pub fn why(&self) -> Option<&Str> {
         match self {
             Self::Ready(_) => None,
             Self::Pending { why } | Self::Revoked { why } | Self::Failed { why, .. } => Some(why),
@@ -195,8 +196,10 @@ pub struct NotReady {
 /// One held identity, as admin views show it.
 #[derive(Debug, Clone)]
 pub struct Entry {
-    /// The identity.
+    /// The identity: that of the certificate, or the expected one while there is none.
     pub id: SpiffeId,
+    /// The identity that is expected.
+    pub expected: SpiffeId,
     /// The workload, for sources that issue per workload.
     pub workload: Option<Str>,
     /// Its state.
@@ -207,4 +210,19 @@ pub struct Entry {
     pub roots: Vec<CertificateView>,
     /// [`Source::name`].
     pub source: &'static str,
+    /// What has happened to it.
+    pub story: Story,
+    /// Who the SPIRE agent behind it has proved to be.
+    pub agent: Option<SpiffeId>,
+}
+
+impl Entry {
+    /// What is seen of a workload in this state.
+    pub fn new(key: WorkloadKey, state: State, story: Story, source: &'static str) -> Self {
+        let credentials = state.credentials();
+        let chain = credentials.map(|c| c.chain_view()).unwrap_or_default();
+        let roots = credentials.map(|c| c.roots_view()).unwrap_or_default();
+        let id = credentials.map_or_else(|| key.id.clone(), |c| c.id().clone());
+        Self { id, expected: key.id, workload: key.workload, state, chain, roots, source, story, agent: None }
+    }
 }

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
-use zspire_model::SpiffeId;
+use zspire_model::{SpiffeId, TrustDomain};
+
+use crate::story::Trusted;
 
 /// A snapshot of a source's numbers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -26,6 +28,27 @@ pub struct Stats {
     pub in_flight: usize,
     /// Prefetches turned away because the queue was full.
     pub turned_away: u64,
+    /// Workloads, or identities where workloads share them, that are followed.
+    pub held: usize,
+    /// Those of them that have a certificate.
+    pub ready: usize,
+    /// Answers that came, also empty ones.
+    pub updates: u64,
+    /// What went wrong, by gRPC's name of the code, or a name of ours (a small closed set).
+    pub errors: BTreeMap<&'static str, u64>,
+    /// How long it took from the moment that a workload was there to its first certificate.
+    pub first: Latency,
+    /// Since when the roots of each trust domain have been what they are; the oldest, where workloads differ.
+    pub bundles: BTreeMap<TrustDomain, SystemTime>,
+}
+
+impl Stats {
+    pub(crate) fn trusted(&mut self, bundles: &[Trusted]) {
+        for Trusted { domain, since, .. } in bundles {
+            let oldest = self.bundles.entry(domain.clone()).or_insert(*since);
+            *oldest = (*oldest).min(*since);
+        }
+    }
 }
 
 /// A histogram of durations.

@@ -153,13 +153,8 @@ impl Source for PerIdentity {
 
     fn entries(&self) -> Vec<Entry> {
         let states = self.0.scheduler().states();
-        let entry = |(id, state): (SpiffeId, _)| {
-            let state: crate::source::State = state;
-            let credentials = state.credentials();
-            let chain = credentials.map(|c| c.chain_view()).unwrap_or_default();
-            let roots = credentials.map(|c| c.roots_view()).unwrap_or_default();
-            Entry { id, workload: None, state, chain, roots, source: self.0.name }
-        };
+        // Whose it is would be several.
+        let entry = |(id, state, story)| Entry::new(WorkloadKey { id, workload: None }, state, story, self.0.name);
         states.into_iter().map(entry).collect()
     }
 

@@ -24,6 +24,7 @@ use crate::clock::rfc3339;
 use crate::credentials::Credentials;
 use crate::source::{Priority, State};
 use crate::stats::Stats;
+use crate::story::{Asked, Offered, Story};
 
 /// Wall clocks jump; nothing that depends on one sleeps for longer than this.
 const RECHECK: Duration = Duration::from_secs(10);
@@ -63,7 +64,19 @@ struct Slot {
     phase: Phase,
     failures: u32,
     last_end: Option<Instant>,
-    last_error: Option<Str>,
+    story: Story,
+    /// Since when its first certificate is waited for; `None` once it was there.
+    waiting_since: Option<Instant>,
+}
+
+impl Slot {
+    fn enter(&mut self, state: State, now: SystemTime) -> State {
+        let before = self.states.send_replace(state);
+        if before.label() != self.states.borrow().label() {
+            self.story.since = now;
+        }
+        before
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -120,7 +133,8 @@ impl Scheduler {
             phase: Phase::Parked,
             failures: 0,
             last_end: None,
-            last_error: None,
+            story: Story::new(now.wall),
+            waiting_since: Some(now.mono),
         });
         slot.users.insert(user);
         let states = slot.states.subscribe();
@@ -132,10 +146,10 @@ impl Scheduler {
     pub(super) fn demand(&mut self, id: &SpiffeId, priority: Priority, now: Now) {
         let Some(slot) = self.slots.get(id) else { return };
         match slot.phase {
-            Phase::Parked => self.enqueue(id, priority),
+            Phase::Parked => self.enqueue(id, priority, now),
             Phase::Queued { priority: current, ticket } if priority > current => {
                 self.queue.remove(&(Reverse(current), ticket));
-                self.enqueue(id, priority);
+                self.enqueue(id, priority, now);
             }
             Phase::Retry { at, .. }
                 if priority == Priority::OnDemand && slot.states.borrow().credentials().is_none() =>
@@ -175,7 +189,7 @@ impl Scheduler {
             && at <= now.wall
         {
             self.leave_phase(&id);
-            self.enqueue(&id, Priority::Background);
+            self.enqueue(&id, Priority::Background, now);
         }
         while let Some((at, id)) = self.retries.first().cloned()
             && at <= now.mono
@@ -185,7 +199,7 @@ impl Scheduler {
                 continue;
             };
             self.leave_phase(&id);
-            self.enqueue(&id, priority);
+            self.enqueue(&id, priority, now);
         }
     }
 
@@ -197,7 +211,10 @@ impl Scheduler {
         }
         let ((_, ticket), id) = self.queue.pop_first()?;
         self.flights.insert(ticket, now.mono);
-        self.slot(&id).phase = Phase::Flying { ticket };
+        let slot = self.slot(&id);
+        slot.phase = Phase::Flying { ticket };
+        let reference = format!("a certificate for {id}").into();
+        slot.story.ask(Asked { kind: "certificate", reference, selectors: Vec::new() });
         Some(Job { id, ticket })
     }
 
@@ -228,9 +245,9 @@ impl Scheduler {
     }
 
     /// Every identity with its state.
-    pub(super) fn states(&self) -> Vec<(SpiffeId, State)> {
-        let mut states: Vec<_> =
-            self.slots.iter().map(|(id, slot)| (id.clone(), slot.states.borrow().clone())).collect();
+    pub(super) fn states(&self) -> Vec<(SpiffeId, State, Story)> {
+        let known = |(id, slot): (&SpiffeId, &Slot)| (id.clone(), slot.states.borrow().clone(), slot.story.clone());
+        let mut states: Vec<_> = self.slots.iter().map(known).collect();
         states.sort_by(|a, b| a.0.cmp(&b.0));
         states
     }
@@ -241,6 +258,10 @@ impl Scheduler {
         stats.in_flight = self.flights.len();
         stats.expiry = self.expiries.iter().map(|(at, id)| (id.clone(), *at)).collect();
         let ready = |id: &SpiffeId| self.slots.get(id)?.states.borrow().credentials().map(|it| it.not_before());
+        stats.held = self.slots.len();
+        stats.ready = self.expiries.len();
+        stats.updates = stats.issued;
+        self.slots.values().for_each(|slot| stats.trusted(&slot.story.bundles));
         stats.since = self.expiries.iter().filter_map(|(_, id)| Some((id.clone(), ready(id)?))).collect();
         stats
     }
@@ -253,10 +274,15 @@ impl Scheduler {
         let at = now.wall + left.mul_f64(share).max(FIRST_BACKOFF);
         let slot = self.slots.get_mut(id).expect("the caller looked it up");
         slot.failures = 0;
-        slot.last_error = None;
         slot.phase = Phase::Renewal { at };
+        let offered = Offered { id: credentials.id().clone(), hint: Str::default() };
+        slot.story.answered(vec![offered], credentials.bundles(), now.wall);
+        slot.story.went_right();
+        if let Some(since) = slot.waiting_since.take() {
+            self.stats.first.observe(now.mono.duration_since(since));
+        }
         let expiry = (credentials.not_after(), id.clone());
-        let before = slot.states.send_replace(State::Ready(credentials));
+        let before = slot.enter(State::Ready(credentials), now.wall);
         self.renewals.insert((at, id.clone()));
         if let Some(old) = before.credentials() {
             self.expiries.remove(&(old.not_after(), id.clone()));
@@ -269,9 +295,11 @@ impl Scheduler {
         if let Some(code) = failure.code {
             *self.stats.refusals.entry(code).or_default() += 1;
         }
+        let code = failure.code.unwrap_or(failure.reason);
+        *self.stats.errors.entry(code).or_default() += 1;
         let slot = self.slots.get_mut(id).expect("the caller looked it up");
         slot.failures = slot.failures.saturating_add(1);
-        slot.last_error = Some(failure.why.clone());
+        slot.story.went_wrong(code, failure.why.clone(), now.wall);
         let mut pause = backoff(slot.failures, &mut self.random);
         let kept = slot.states.borrow().credentials().cloned();
         if let Some(credentials) = &kept {
@@ -283,15 +311,16 @@ impl Scheduler {
         } else {
             tracing::warn!(%id, error = %failure.why, retry_in = ?pause, "cannot obtain certificate");
             let retry_at = now.wall + pause;
-            slot.states.send_replace(State::Failed { why: failure.why.clone(), retry_at });
+            slot.enter(State::Failed { why: failure.why.clone(), retry_at }, now.wall);
         }
+        slot.story.retry_at = Some(now.wall + pause);
         let priority = if kept.is_some() { Priority::Background } else { Priority::WarmUp };
         self.retry_at(id, now.mono + pause, priority);
     }
 
     fn expire(&mut self, id: &SpiffeId, now: Now) {
         let slot = self.slot(id);
-        let why = match &slot.last_error {
+        let why = match slot.story.wrong() {
             Some(error) => format!("the certificate has expired and could not be renewed: {error}"),
             None => "the certificate has expired before it was renewed".to_owned(),
         };
@@ -300,10 +329,10 @@ impl Scheduler {
             Phase::Retry { at, .. } => now.wall + at.duration_since(now.mono),
             _ => now.wall,
         };
-        slot.states.send_replace(State::Failed { why: why.into(), retry_at });
+        slot.enter(State::Failed { why: why.into(), retry_at }, now.wall);
     }
 
-    fn enqueue(&mut self, id: &SpiffeId, priority: Priority) {
+    fn enqueue(&mut self, id: &SpiffeId, priority: Priority, now: Now) {
         let full = self.queue.len() >= self.limits.queue;
         let slot = self.slots.get_mut(id).expect("the caller looked it up");
         let state = slot.states.borrow().clone();
@@ -312,7 +341,7 @@ impl Scheduler {
             self.stats.turned_away += 1;
             slot.phase = Phase::Parked;
             let why = "too many identities wait already; it is fetched when a connection needs it".into();
-            slot.states.send_replace(State::Pending { why });
+            slot.enter(State::Pending { why }, now.wall);
             return;
         }
         let ticket = self.next_ticket;
@@ -320,11 +349,11 @@ impl Scheduler {
         slot.phase = Phase::Queued { priority, ticket };
         self.queue.insert((Reverse(priority), ticket), id.clone());
         if !matches!(state, State::Ready(_)) {
-            let why = match &slot.last_error {
+            let why = match slot.story.wrong() {
                 Some(error) => format!("trying again after: {error}").into(),
                 None => "its certificate is being fetched".into(),
             };
-            slot.states.send_replace(State::Pending { why });
+            slot.enter(State::Pending { why }, now.wall);
         }
     }
 

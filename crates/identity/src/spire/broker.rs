@@ -5,6 +5,7 @@
 //! registered.
 
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
@@ -41,21 +42,31 @@ pub enum ExpectedAgent {
 #[derive(Debug, Clone)]
 pub struct Broker {
     channel: Channel,
+    /// Who has answered last.
+    answers: Arc<Mutex<Option<SpiffeId>>>,
 }
 
 impl Broker {
     /// Connects when it is first asked. `own` are the proxy's own credentials.
     pub fn new(endpoint: Endpoint, own: Watch, expected: ExpectedAgent) -> Self {
+        let answers = Arc::new(Mutex::new(None));
+        let answered = answers.clone();
         let connect = move || {
-            let (to, own, expected) = (endpoint.clone(), own.clone(), expected.clone());
-            async move { open(&to, &own, &expected).await }
+            let (to, own, expected, answered) = (endpoint.clone(), own.clone(), expected.clone(), answered.clone());
+            async move {
+                let (stream, agent) = open(&to, &own, &expected).await?;
+                *answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(agent);
+                Ok(stream)
+            }
         };
         let header = (HeaderName::from_static("broker.spiffe.io"), HeaderValue::from_static("true"));
-        Self { channel: Channel::over(connect, None, vec![header]) }
+        Self { channel: Channel::over(connect, None, vec![header]), answers }
     }
 }
 
-async fn open(to: &Endpoint, own: &Watch, expected: &ExpectedAgent) -> io::Result<Stream<super::endpoint::Io>> {
+type Opened = (Stream<super::endpoint::Io>, SpiffeId);
+
+async fn open(to: &Endpoint, own: &Watch, expected: &ExpectedAgent) -> io::Result<Opened> {
     let own = own.ready(Instant::now() + OWN_SVID).await;
     let own = own.map_err(|e| io::Error::other(format!("the proxy's own SVID (SPIFFE_ENDPOINT_SOCKET): {e}")))?;
     let socket = to.connect().await?;
@@ -64,8 +75,8 @@ async fn open(to: &Endpoint, own: &Watch, expected: &ExpectedAgent) -> io::Resul
         ExpectedAgent::AnyOfTrustDomain => ExpectedPeers::below(own.id().trust_domain(), "/spire/agent/"),
     };
     let told = |error: TlsError| io::Error::other(format!("TLS with the SPIRE agent at {to}: {}", chain(&error)));
-    let (stream, _) = own.connect(socket, &expected).await.map_err(told)?;
-    Ok(stream)
+    let (stream, peer) = own.connect(socket, &expected).await.map_err(told)?;
+    Ok((stream, peer.id))
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
@@ -82,6 +93,10 @@ fn chain(error: &dyn std::error::Error) -> String {
 impl Agent for Broker {
     fn name(&self) -> &'static str {
         "spire-broker"
+    }
+
+    fn id(&self) -> Option<SpiffeId> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn subscribe(&self, reference: &Reference) -> Result<Updates, Refusal> {

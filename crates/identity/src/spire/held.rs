@@ -16,29 +16,13 @@ use tokio::sync::watch;
 use zspire_model::{SpiffeId, Str};
 
 use super::select::{self, Wanted};
-use super::{Meaning, Refusal, Update};
+use super::{Meaning, Reference, Refusal, Update};
 use crate::clock::{Clock, rfc3339};
 use crate::credentials::{Credentials, Svid};
 use crate::key::PrivateKey;
 use crate::source::State;
+use crate::story::{Asked, Offered, Story};
 use crate::tls::Policy;
-
-/// What there is to know about one workload for whoever asks why.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Story {
-    /// What the agent was asked about last.
-    pub reference: Option<String>,
-    /// The SPIFFE IDs of its last answer, with their hints; `None` before there was one.
-    pub answered: Option<String>,
-    /// The trust domains of its last answer.
-    pub trust_domains: Vec<String>,
-    /// What went wrong last, if nothing has gone right since.
-    pub error: Option<Str>,
-    /// Streams that were opened.
-    pub opened: u64,
-    /// Messages that came.
-    pub updates: u64,
-}
 
 /// What an update has led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,30 +72,38 @@ impl Held {
     }
 
     /// The agent is about to be asked.
-    pub(super) fn asked(&self, reference: &str) {
-        self.story.send_modify(|story| {
-            story.reference = Some(reference.to_owned());
-            story.opened += 1;
-        });
+    pub(super) fn asked(&self, reference: &Reference) {
+        let selectors = match reference {
+            Reference::Process(process) => process.selectors(),
+            Reference::Selectors(selectors) => {
+                selectors.iter().map(|(kind, value)| format!("{kind}:{value}").into()).collect()
+            }
+            Reference::Pod { .. } | Reference::Own => Vec::new(),
+        };
+        let asked = Asked { kind: reference.kind(), reference: reference.to_string().into(), selectors };
+        self.story.send_modify(|story| story.ask(asked));
+    }
+
+    /// The agent is asked again after a pause.
+    pub(super) fn waits(&self, pause: Duration) {
+        let at = self.clock.now() + pause;
+        self.story.send_modify(|story| story.retry_at = Some(at));
     }
 
     /// The agent has answered.
     pub(super) fn update(&self, update: &Update) -> Outcome {
-        let answered = select::list(&update.offers);
-        let domains = update.bundles.iter().map(|(domain, _)| domain.to_string()).collect();
-        self.story.send_modify(|story| {
-            story.answered = Some(answered);
-            story.trust_domains = domains;
-            story.updates += 1;
-        });
+        let offered = |offer: &super::Offer| Offered { id: offer.id.clone(), hint: offer.hint.clone() };
+        let offered = update.offers.iter().map(offered).collect();
+        let now = self.clock.now();
+        self.story.send_modify(|story| story.answered(offered, &update.bundles, now));
         if update.offers.is_empty() {
-            self.take_away(&self.no_entry());
+            self.take_away("NoEntry", &self.no_entry());
             return Outcome::Empty;
         }
         match self.credentials(update) {
             Ok(credentials) => {
-                self.story.send_modify(|story| story.error = None);
-                self.states.send_replace(State::Ready(Arc::new(credentials)));
+                self.story.send_modify(Story::went_right);
+                self.enter(State::Ready(Arc::new(credentials)));
                 Outcome::Ready
             }
             Err(why) => {
@@ -133,8 +125,8 @@ impl Held {
     }
 
     /// An answer of which nothing can be used: what is held stays.
-    pub(super) fn unusable(&self, why: &str) {
-        self.note(why);
+    fn unusable(&self, why: &str) {
+        self.note("Unusable", why);
         if self.is_ready() {
             tracing::warn!(id = %self.id, error = why, "an answer of the SPIRE agent cannot be used, keeping the last SVID");
         } else {
@@ -144,9 +136,9 @@ impl Held {
 
     /// The agent could not be asked, or has said no.
     pub(super) fn refused(&self, refusal: &Refusal, retry_in: Duration) {
-        self.note(&refusal.why);
+        self.note(refusal.code, &refusal.why);
         match refusal.meaning {
-            Meaning::Gone => self.take_away(&refusal.why),
+            Meaning::Gone => self.take_away(refusal.code, &refusal.why),
             Meaning::Outage | Meaning::Mistake if self.is_ready() => {
                 tracing::warn!(id = %self.id, error = %refusal.why, "no word from the SPIRE agent, keeping the last SVID");
             }
@@ -156,9 +148,9 @@ impl Held {
 
     /// There is nothing to ask about yet.
     pub(super) fn not_located(&self, why: &Str) {
-        self.note(why);
+        self.note("NotFound", why);
         if !self.is_ready() {
-            self.states.send_replace(State::Pending { why: why.clone() });
+            self.enter(State::Pending { why: why.clone() });
         }
     }
 
@@ -168,7 +160,7 @@ impl Held {
         if self.clock.now() < not_after {
             return;
         }
-        let last = self.story.borrow().error.clone();
+        let last = self.story.borrow().wrong().cloned();
         let why = match last {
             Some(error) => format!("the SVID expired at {}: {error}", rfc3339(not_after)),
             None => format!("the SVID expired at {} and the SPIRE agent has sent no other", rfc3339(not_after)),
@@ -179,32 +171,41 @@ impl Held {
 
     /// The workload is gone.
     pub(super) fn forgotten(&self) {
-        self.states.send_replace(State::Revoked { why: "the workload is gone".into() });
+        self.enter(State::Revoked { why: "the workload is gone".into() });
     }
 
     /// From outside it must not work a moment longer.
-    fn take_away(&self, why: &str) {
+    fn take_away(&self, code: &'static str, why: &str) {
         let had = self.is_ready();
         if had {
             tracing::warn!(id = %self.id, why, "the SPIRE agent has taken the SVID away");
         }
-        self.note(why);
+        self.note(code, why);
         let why: Str = why.into();
         let revoked = had || matches!(&*self.states.borrow(), State::Revoked { .. });
         let state = if revoked { State::Revoked { why } } else { State::Pending { why } };
-        self.states.send_replace(state);
+        self.enter(state);
     }
 
     fn fail(&self, why: &str, retry_in: Duration) {
-        self.states.send_replace(State::Failed { why: why.into(), retry_at: self.clock.now() + retry_in });
+        self.enter(State::Failed { why: why.into(), retry_at: self.clock.now() + retry_in });
     }
 
-    fn note(&self, why: &str) {
-        self.story.send_modify(|story| story.error = Some(why.into()));
+    fn enter(&self, state: State) {
+        let before = self.states.send_replace(state);
+        if before.label() != self.states.borrow().label() {
+            let now = self.clock.now();
+            self.story.send_modify(|story| story.since = now);
+        }
+    }
+
+    fn note(&self, code: &'static str, why: &str) {
+        let now = self.clock.now();
+        self.story.send_modify(|story| story.went_wrong(code, why.into(), now));
     }
 
     fn no_entry(&self) -> String {
-        let reference = self.story.borrow().reference.clone().unwrap_or_default();
+        let reference = self.story.borrow().asked.as_ref().map(|asked| asked.reference.clone()).unwrap_or_default();
         format!(
             "no entry matches this workload ({reference}): register one with SPIFFE ID {} and selectors that it has, parented to \
              this node's agent",

@@ -30,7 +30,6 @@ use zeroize::Zeroizing;
 use zspire_model::{SpiffeId, Str};
 
 pub use endpoint::{Endpoint, EndpointError};
-pub use held::Story;
 pub use subscriptions::{Config, Driver, Subscriptions};
 
 use crate::bundle::Bundles;
@@ -45,6 +44,11 @@ pub trait Agent: fmt::Debug + Send + Sync + 'static {
 
     /// Opens the stream of a workload's SVIDs. It is dropped when its time is up.
     async fn subscribe(&self, reference: &Reference) -> Result<Updates, Refusal>;
+
+    /// Who the agent has proved to be, where the connection tells that.
+    fn id(&self) -> Option<SpiffeId> {
+        None
+    }
 }
 
 /// What an agent says of one workload, newest last.
@@ -82,6 +86,23 @@ pub trait Process: fmt::Debug + Send + Sync + 'static {
 
     /// Whether it is the same process as in the beginning, and has not ended.
     fn is_alive(&self) -> bool;
+
+    /// Selectors that an agent finds for it, as far as they are known here: for whoever wants to register it.
+    fn selectors(&self) -> Vec<Str> {
+        Vec::new()
+    }
+}
+
+impl Reference {
+    /// What kind of reference it is.
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Pod { .. } => "pod",
+            Self::Process(_) => "process",
+            Self::Selectors(_) => "selectors",
+            Self::Own => "own",
+        }
+    }
 }
 
 impl fmt::Display for Reference {

@@ -25,14 +25,15 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use zspire_model::{SpiffeId, Str};
+use zspire_model::Str;
 
-use super::held::{Held, Outcome, Story};
+use super::held::{Held, Outcome};
 use super::select::Wanted;
 use super::{Agent, Locate, Meaning, Process, Reference, Refusal, Update, Updates};
 use crate::clock::{Clock, SystemClock};
 use crate::source::{Entry, Priority, Source, State, Watch, WorkloadKey};
-use crate::stats::Stats;
+use crate::stats::{Latency, Stats};
+use crate::story::Story;
 use crate::tls::Policy;
 
 /// Longest time until a stream is open.
@@ -99,7 +100,10 @@ struct Slot {
 #[derive(Debug, Default)]
 struct Counts {
     issued: u64,
+    updates: u64,
     failures: BTreeMap<&'static str, u64>,
+    /// From the moment that a workload was there to its first SVID.
+    first: Latency,
 }
 
 impl Shared {
@@ -112,19 +116,6 @@ impl Shared {
     }
 }
 
-impl Subscriptions {
-    /// What there is to know about each workload, for whoever asks why.
-    pub fn stories(&self) -> Vec<(WorkloadKey, State, Story)> {
-        let slots = self.0.slots();
-        let mut stories: Vec<_> = slots
-            .iter()
-            .map(|(key, slot)| (key.clone(), slot.states.borrow().clone(), slot.story.borrow().clone()))
-            .collect();
-        stories.sort_by(|a, b| a.0.cmp(&b.0));
-        stories
-    }
-}
-
 impl Source for Subscriptions {
     fn name(&self) -> &'static str {
         self.0.agent.name()
@@ -134,14 +125,15 @@ impl Source for Subscriptions {
         let mut slots = self.0.slots();
         let slot = slots.entry(key.clone()).or_insert_with(|| {
             let (states, seen) = watch::channel(State::Pending { why: "the SPIRE agent is asked for its SVID".into() });
-            let (story, told) = watch::channel(Story::default());
+            let (story, told) = watch::channel(Story::new(self.0.config.clock.now()));
             let slot = Slot { states: seen, story: told, demand: Arc::default(), gone: CancellationToken::new() };
             let Config { policy, clock, hint, accept_other_id } = self.0.config.clone();
             let wanted = Wanted { hint, accept_other_id };
             let held = Held::new(key.id.clone(), states, story, wanted, policy, clock);
             let (demand, gone) = (slot.demand.clone(), slot.gone.clone());
             // Fails only when the source has stopped, which the watch tells by itself.
-            let _ = self.0.start.send(Follow { key: key.clone(), held, demand, gone });
+            let _ =
+                self.0.start.send(Follow { key: key.clone(), held, demand, gone, waiting_since: Some(Instant::now()) });
             slot
         });
         let demand = slot.demand.clone();
@@ -155,27 +147,41 @@ impl Source for Subscriptions {
     }
 
     fn entries(&self) -> Vec<Entry> {
-        let entry = |(key, state, _): (WorkloadKey, State, Story)| {
-            let credentials = state.credentials();
-            let chain = credentials.map(|c| c.chain_view()).unwrap_or_default();
-            let roots = credentials.map(|c| c.roots_view()).unwrap_or_default();
-            let id = credentials.map_or(key.id, |c| c.id().clone());
-            Entry { id, workload: key.workload, state, chain, roots, source: self.name() }
+        let mut all: Vec<(WorkloadKey, State, Story)> = {
+            let slots = self.0.slots();
+            let known = |(key, slot): (&WorkloadKey, &Slot)| {
+                (key.clone(), slot.states.borrow().clone(), slot.story.borrow().clone())
+            };
+            slots.iter().map(known).collect()
         };
-        self.stories().into_iter().map(entry).collect()
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        let agent = self.0.agent.id();
+        let entry = |(key, state, story)| Entry { agent: agent.clone(), ..Entry::new(key, state, story, self.name()) };
+        all.into_iter().map(entry).collect()
     }
 
     fn stats(&self) -> Stats {
-        let states: Vec<(SpiffeId, State)> =
-            self.0.slots().iter().map(|(key, slot)| (key.id.clone(), slot.states.borrow().clone())).collect();
-        let counts = self.0.counts();
-        Stats {
-            issued: counts.issued,
-            failures: counts.failures.clone(),
-            expiry: states.iter().filter_map(|(id, s)| Some((id.clone(), s.credentials()?.not_after()))).collect(),
-            in_flight: states.iter().filter(|(_, state)| state.credentials().is_none()).count(),
-            ..Stats::default()
+        let mut stats = Stats::default();
+        for (key, slot) in self.0.slots().iter() {
+            let (state, story) = (slot.states.borrow(), slot.story.borrow());
+            stats.held += 1;
+            match state.credentials() {
+                Some(credentials) => {
+                    stats.ready += 1;
+                    stats.expiry.push((key.id.clone(), credentials.not_after()));
+                    stats.since.push((key.id.clone(), credentials.not_before()));
+                }
+                None => stats.in_flight += 1,
+            }
+            stats.trusted(&story.bundles);
         }
+        let counts = self.0.counts();
+        stats.issued = counts.issued;
+        stats.updates = counts.updates;
+        stats.failures = counts.failures.clone();
+        stats.errors = counts.failures.clone();
+        stats.first = counts.first;
+        stats
     }
 }
 
@@ -229,6 +235,8 @@ struct Follow {
     held: Held,
     demand: Arc<Notify>,
     gone: CancellationToken,
+    /// Since when its first SVID is waited for; `None` once it was there.
+    waiting_since: Option<Instant>,
 }
 
 enum Phase {
@@ -329,11 +337,11 @@ impl Follow {
             Ok(reference) => reference,
             Err(why) => {
                 self.held.not_located(&why);
-                return Phase::Waiting { until: Instant::now() + pause.after_failure() };
+                return Phase::Waiting { until: self.wait(pause.after_failure()) };
             }
         };
         pause.asked();
-        self.held.asked(&reference.to_string());
+        self.held.asked(&reference);
         let process = match &reference {
             Reference::Process(process) => Some(process.clone()),
             _ => None,
@@ -348,22 +356,25 @@ impl Follow {
     }
 
     /// When to open the stream again, if it has nothing to offer.
-    fn updated(&self, shared: &Shared, update: &Update, pause: &mut Pause) -> Option<Instant> {
-        match self.held.update(update) {
+    fn updated(&mut self, shared: &Shared, update: &Update, pause: &mut Pause) -> Option<Instant> {
+        let outcome = self.held.update(update);
+        let mut counts = shared.counts();
+        counts.updates += 1;
+        let code = match outcome {
             Outcome::Ready => {
-                shared.counts().issued += 1;
+                counts.issued += 1;
+                if let Some(since) = self.waiting_since.take() {
+                    counts.first.observe(since.elapsed());
+                }
                 pause.reset();
-                None
+                return None;
             }
-            Outcome::Empty => {
-                *shared.counts().failures.entry("no_entry").or_default() += 1;
-                Some(Instant::now() + pause.after_failure())
-            }
-            Outcome::Unusable => {
-                *shared.counts().failures.entry("unusable").or_default() += 1;
-                Some(Instant::now() + pause.after_failure())
-            }
-        }
+            Outcome::Empty => "NoEntry",
+            Outcome::Unusable => "Unusable",
+        };
+        *counts.failures.entry(code).or_default() += 1;
+        drop(counts);
+        Some(self.wait(pause.after_failure()))
     }
 
     fn refused(&self, shared: &Shared, refusal: &Refusal, pause: &mut Pause) -> Phase {
@@ -373,7 +384,13 @@ impl Follow {
             Meaning::Gone | Meaning::Outage => pause.after_failure(),
         };
         self.held.refused(refusal, wait);
-        Phase::Waiting { until: Instant::now() + wait }
+        Phase::Waiting { until: self.wait(wait) }
+    }
+
+    /// The end of a pause, which is told.
+    fn wait(&self, pause: Duration) -> Instant {
+        self.held.waits(pause);
+        Instant::now() + pause
     }
 }
 

@@ -15,10 +15,9 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 use zspire_identity::spire::{
-    Agent, Config, Locate, Meaning, Offer, Process, Reference, Refusal, Story, Subscriptions, Update, Updates,
-    subscriptions,
+    Agent, Config, Locate, Meaning, Offer, Process, Reference, Refusal, Subscriptions, Update, Updates, subscriptions,
 };
-use zspire_identity::{Clock, Priority, Source, State, Svid, Watch, WorkloadKey};
+use zspire_identity::{Clock, Priority, Source, State, Story, Svid, Watch, WorkloadKey};
 use zspire_model::Str;
 
 use crate::support::{HOUR, TestCa, TestClock, id};
@@ -144,7 +143,7 @@ impl Rig {
     }
 
     fn story(&self) -> Story {
-        self.source.stories()[0].2.clone()
+        self.source.entries()[0].story.clone()
     }
 }
 
@@ -199,8 +198,8 @@ async fn svids_come_and_are_replaced_and_bad_ones_change_nothing() {
         tokio::task::yield_now().await;
     }
     assert_eq!(web.credentials().unwrap().fingerprint(), second, "the last good one stays");
-    let error = rig.story().error.unwrap();
-    assert!(error.contains("private key"), "{error}");
+    let trouble = rig.story().trouble.unwrap();
+    assert!(trouble.lasts && trouble.code == "Unusable" && trouble.why.contains("private key"), "{trouble:?}");
 }
 
 #[tokio::test(start_paused = true)]

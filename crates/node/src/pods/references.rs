@@ -194,12 +194,22 @@ impl Process for HeldProcess {
         let ended = self.descriptor.get_ref().ended().unwrap_or(true);
         !ended && pidfd::start_time(self.pid).is_ok_and(|started| started == self.started)
     }
+
+    fn selectors(&self) -> Vec<Str> {
+        effective_user(self.pid).map(|uid| format!("unix:uid:{uid}").into()).into_iter().collect()
+    }
 }
 
 impl fmt::Debug for HeldProcess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HeldProcess").field("pid", &self.pid).field("started", &self.started).finish_non_exhaustive()
     }
+}
+
+/// The user that SPIRE's attestor `unix` finds.
+fn effective_user(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().nth(1)?.parse().ok()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -254,6 +264,8 @@ mod tests {
         assert!(HeldProcess::open(Candidate { pid, started }, inode + 1).is_none(), "in another namespace");
         let held = HeldProcess::open(Candidate { pid, started }, inode).unwrap();
         assert!(held.is_alive());
+        let own = fs::metadata("/proc/self").unwrap().uid();
+        assert_eq!(held.selectors(), [Str::from(format!("unix:uid:{own}"))]);
         let ended = held.ended();
         // A zombie has ended, whoever waits for it.
         child.kill().unwrap();

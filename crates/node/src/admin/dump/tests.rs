@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde_json::Value;
-use zspire_identity::{Entry, State};
+use zspire_identity::{Entry, State, Story, WorkloadKey};
 use zspire_model::Store;
 
 use super::*;
@@ -50,14 +50,9 @@ fn ours() -> Value {
     };
     let connections = Connections { inbound: Vec::new(), outbound: vec![connection] };
     let state = PodState { state: "Up", why: None, connections, info };
-    let entry = Entry {
-        id: "spiffe://cluster.local/ns/default/sa/client".parse().unwrap(),
-        workload: None,
-        state: State::Pending { why: "not asked yet".into() },
-        chain: Vec::new(),
-        roots: Vec::new(),
-        source: "local",
-    };
+    let key = WorkloadKey { id: "spiffe://cluster.local/ns/default/sa/client".parse().unwrap(), workload: None };
+    let pending = State::Pending { why: "not asked yet".into() };
+    let entry = Entry::new(key, pending, Story::new(std::time::SystemTime::now()), "local");
     let text = dump(&[("FAKE_CA", "true")], vec![entry], [("uid-client".to_owned(), state)].into());
     serde_json::from_str(&text).unwrap()
 }
