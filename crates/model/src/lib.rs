@@ -26,6 +26,7 @@ pub use address::{Gateway, GatewayDestination, NamespacedHostname, NamespacedNam
 pub use intern::Interner;
 pub use policy::{Match, Policy, ServiceAccountMatch, StringMatch};
 pub use service::{AppProtocol, LoadBalancer, Port, Service};
+pub use spiffe::template::IdTemplate;
 pub use spiffe::{IstioView, SpiffeId, TrustDomain};
 pub use store::{Applied, Change, Reader, Snapshot, Store};
 pub use workload::{ApplicationTunnel, Extension, Locality, Membership, Protocol, Workload};

@@ -4,6 +4,8 @@
 //! case only where the specification calls comparison case-insensitive, so that equality of ids is equality of bytes.
 //! Istio's `/ns/<namespace>/sa/<service account>` is a [view](SpiffeId::istio_view) of an id and not its definition.
 
+pub mod template;
+
 use std::borrow::Borrow;
 use std::cmp::Ordering;
 use std::fmt;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use crate::spiffe::template::{IdTemplate, Names};
 use crate::{Gateway, NamespacedHostname, NamespacedName, Port, SpiffeId, Str, TrustDomain};
 
 /// One workload, with every field of the wire contract. What replicas share (memberships, policies, locality) is shared.
@@ -20,6 +21,8 @@ pub struct Workload {
     pub trust_domain: TrustDomain,
     /// Its service account; empty where there is no identity.
     pub service_account: Str,
+    /// How its identity follows from its names, if not by Istio's pattern. Not on the wire: whoever reads the mesh sets it.
+    pub id_template: Option<IdTemplate>,
     /// Network of its addresses.
     pub network: Str,
     /// Its addresses: none, one, or one of each family.
@@ -67,7 +70,17 @@ pub struct Workload {
 impl Workload {
     /// The identity that it should prove; none without a service account.
     pub fn identity(&self) -> Option<SpiffeId> {
-        SpiffeId::istio(&self.trust_domain, &self.namespace, &self.service_account).ok()
+        let template = self.id_template.as_ref().filter(|template| *template.trust_domain() == self.trust_domain);
+        match template {
+            Some(_) if self.service_account.is_empty() => None,
+            Some(template) => template.id(&self.names()).ok(),
+            None => SpiffeId::istio(&self.trust_domain, &self.namespace, &self.service_account).ok(),
+        }
+    }
+
+    fn names(&self) -> Names<'_> {
+        let Self { namespace, service_account, name, node, .. } = self;
+        Names { namespace, service_account, pod: name, node }
     }
 
     /// Its membership in a service.
@@ -84,6 +97,7 @@ impl Default for Workload {
             namespace: Str::default(),
             trust_domain: TrustDomain::default(),
             service_account: Str::default(),
+            id_template: None,
             network: Str::default(),
             addresses: SmallVec::new(),
             hostname: Str::default(),
@@ -223,4 +237,27 @@ pub struct Extension {
     pub type_url: Str,
     /// The value as it came.
     pub value: Arc<[u8]>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_speaks_of_its_own_trust_domain_only() {
+        let template = IdTemplate::new("spiffe://{trust_domain}/{node}/{pod}", &"ours".parse().unwrap()).unwrap();
+        let workload = |domain: &str, account: &str| Workload {
+            name: "web-1".into(),
+            namespace: "shop".into(),
+            service_account: account.into(),
+            node: "n1".into(),
+            trust_domain: domain.parse().unwrap(),
+            id_template: Some(template.clone()),
+            ..Workload::default()
+        };
+        let id = |domain, account| workload(domain, account).identity().map(|id| id.to_string());
+        assert_eq!(id("ours", "web").as_deref(), Some("spiffe://ours/n1/web-1"));
+        assert_eq!(id("theirs", "web").as_deref(), Some("spiffe://theirs/ns/shop/sa/web"));
+        assert_eq!(id("ours", ""), None, "without a service account there is no identity");
+    }
 }

@@ -16,7 +16,7 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use zspire_identity::{Revocation, Source};
-use zspire_model::{SpiffeId, Str, TrustDomain};
+use zspire_model::{SpiffeId, Str};
 use zspire_proxy::flow::{Direction, Table};
 use zspire_proxy::workers::Workers;
 use zspire_proxy::{Keepalive, Listeners, OriginalSource, PodSpec, Proxy, Shared};
@@ -28,7 +28,7 @@ use crate::config::{self, Config, Mode, WorkloadName};
 use crate::discovery;
 use crate::mesh::{Mesh, Prefetch};
 use crate::metrics::{self, Process};
-use crate::pods::identity::PerPod;
+use crate::pods::identity::{Expected, PerPod};
 use crate::pods::launcher::{Checks, Counts, Drains, PodLauncher, Settings};
 use crate::pods::references::References;
 use crate::pods::{self, PodInfo, PodView};
@@ -186,20 +186,24 @@ impl Node {
             // Asked for before discovery has said anything, so that it is there when the first connection comes.
             drop(source.watch(&key, zspire_identity::Priority::WarmUp));
         }
-        Mesh::new(source, &self.config.cluster_id, prefetch)
+        Mesh::new(source, &self.config.cluster_id, prefetch, self.config.spire.template.clone())
     }
 
     fn per_pod(&self, source: &Arc<dyn Source>, references: Option<Arc<References>>) -> anyhow::Result<Option<PerPod>> {
         let Some(references) = references else { return Ok(None) };
+        Ok(Some(PerPod { source: source.clone(), references, expected: self.expected()? }))
+    }
+
+    fn expected(&self) -> anyhow::Result<Expected> {
         let trust_domain = self.config.trust_domain.parse().context("TRUST_DOMAIN")?;
-        Ok(Some(PerPod { source: source.clone(), references, trust_domain }))
+        let (template, node) = (self.config.spire.template.clone(), self.config.node_name.clone());
+        Ok(Expected { trust_domain, template, node })
     }
 
     /// The identity that a dedicated proxy will need.
     fn own_identity(&self) -> Option<SpiffeId> {
         let Mode::Dedicated(name) = &self.config.mode else { return None };
-        let domain: TrustDomain = self.config.trust_domain.parse().ok()?;
-        SpiffeId::istio(&domain, &name.namespace, &name.service_account).ok()
+        self.expected().ok()?.of(&PodInfo::from(name)).ok()
     }
 
     fn data_plane(&self) -> anyhow::Result<zspire_proxy::Config> {
@@ -278,12 +282,7 @@ impl Node {
         let waited_for =
             readiness::wait_for_certificate(uid.to_string(), mesh.follow(name, None), waiting, tasks.stop.clone());
         tasks.spawn("own certificate", waited_for);
-        let info = PodInfo {
-            name: name.name.clone(),
-            namespace: name.namespace.clone(),
-            service_account: name.service_account.clone(),
-        };
-        served.pods.show(vec![PodView { uid: uid.to_string(), info, pending: None }]);
+        served.pods.show(vec![PodView { uid: uid.to_string(), info: name.into(), pending: None }]);
         Ok(proxy)
     }
 

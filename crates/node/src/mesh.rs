@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 use zspire_identity::{Priority, Source, Watch, WorkloadKey};
-use zspire_model::{Applied, Change, Reader, Store, Str, Workload};
+use zspire_model::{Applied, Change, IdTemplate, Reader, Store, Str, Workload};
 use zspire_proxy::{Known, Local};
 
 use crate::config::WorkloadName;
@@ -38,6 +38,8 @@ struct Shared {
     source: Arc<dyn Source>,
     cluster_id: Str,
     prefetch: Option<Prefetch>,
+    /// How identities of our own trust domain follow from names, if not by Istio's pattern.
+    ids: Option<IdTemplate>,
 }
 
 #[derive(Debug)]
@@ -57,12 +59,12 @@ struct Pod {
 
 impl Mesh {
     /// An empty mesh.
-    pub fn new(source: Arc<dyn Source>, cluster_id: &str, prefetch: Option<Prefetch>) -> Self {
+    pub fn new(source: Arc<dyn Source>, cluster_id: &str, prefetch: Option<Prefetch>, ids: Option<IdTemplate>) -> Self {
         let (store, reader) = Store::new();
         let state = Mutex::new(State { store, pods: Vec::new(), held: HashMap::new() });
         let ((authorization, _), (discovered, _)) = (watch::channel(0), watch::channel(false));
         let cluster_id = cluster_id.into();
-        Self(Arc::new(Shared { state, reader, authorization, discovered, source, cluster_id, prefetch }))
+        Self(Arc::new(Shared { state, reader, authorization, discovered, source, cluster_id, prefetch, ids }))
     }
 
     /// To look things up.
@@ -100,7 +102,7 @@ impl Mesh {
     /// Applies what discovery says.
     pub fn apply(&self, changes: impl IntoIterator<Item = Change>) {
         let mut state = self.lock();
-        let applied = state.store.apply(changes);
+        let applied = state.store.apply(changes.into_iter().map(|change| self.with_ids(change)));
         for change in &applied.workloads {
             let gone = change
                 .old
@@ -117,6 +119,13 @@ impl Mesh {
             }
         }
         self.announce(&applied);
+    }
+
+    fn with_ids(&self, mut change: Change) -> Change {
+        if let (Some(ids), Change::PutWorkload(workload)) = (&self.0.ids, &mut change) {
+            Arc::make_mut(workload).id_template = Some(ids.clone());
+        }
+        change
     }
 
     fn announce(&self, applied: &Applied) {

@@ -324,7 +324,7 @@ impl Config {
                 _ => None,
             },
             identity,
-            spire: Spire::parse(v, identity)?,
+            spire: Spire::parse(v, identity, &trust_domain(v)?)?,
             token: token(v),
             secret_ttl: value::duration(v, &opt::SECRET_TTL, Duration::from_secs(24 * 3600))?,
             series_grace: value::duration(v, &opt::ZSPIRE_SERIES_GRACE, Duration::from_secs(300))?,
@@ -379,7 +379,7 @@ impl Config {
         if self.identity == IdentitySource::IstioCa && self.ca.is_none() && self.proxy {
             return refuse("CA_ADDRESS is empty: name a CA, or set IDENTITY_SOURCE=local for development");
         }
-        self.spire.check(self.identity, &self.mode)?;
+        self.spire.check(self.identity, &self.mode, &self.node_name)?;
         if let Some(Server { address, .. }) = &self.ca
             && address.starts_with("http://")
             && self.token.is_some()

@@ -91,6 +91,7 @@ table! {
         SPIFFE_REFERENCE = "pod for spire-broker, pid for spire-delegated": "What the agent is asked about: `pod`, a Kubernetes pod by its UID; `pid`, a process of the pod, for which `/proc` must be the host's.";
         SPIRE_AGENT_ID = "": "SPIFFE ID that the agent behind SPIFFE_BROKER_SOCKET must prove; empty: any below `spiffe://<trust domain>/spire/agent/`.";
         SPIRE_UNATTESTED_SELECTORS = "false": "Ask the Delegated Identity API by selectors `k8s:ns`, `k8s:sa` and `k8s:pod-name` instead of by process. The agent then attests nothing: it believes what the proxy says.";
+        SPIFFE_ID_TEMPLATE = "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}": "The SPIFFE ID that is expected of a workload of TRUST_DOMAIN, this node's and its peers'; `{pod}` and `{node}` can be used too. Workloads of other trust domains have Istio's.";
         SPIFFE_HINT = "": "Hint that tells SVIDs with the same SPIFFE ID apart.";
         SPIFFE_ACCEPT_OTHER_ID = "false": "Use the SVID that the agent offers also when its SPIFFE ID is not the expected one, if it is the only one.";
     }

@@ -1,7 +1,8 @@
 //! How a SPIRE agent is asked: the variables of the sources that take identities from SPIRE.
 
 use zspire_identity::spire::{Endpoint, EndpointError};
-use zspire_model::SpiffeId;
+use zspire_model::spiffe::template;
+use zspire_model::{IdTemplate, SpiffeId, TrustDomain};
 
 use super::options::{self as opt, Values, Variable};
 use super::{Error, IdentitySource, Mode, value};
@@ -17,13 +18,15 @@ pub struct Spire {
     pub unattested_selectors: bool,
     /// Who must answer at the broker's socket; none: any agent of the trust domain.
     pub agent: Option<SpiffeId>,
+    /// How identities follow from names; none: as Istio's do.
+    pub template: Option<IdTemplate>,
     pub hint: Option<String>,
     pub accept_other_id: bool,
 }
 
 impl Spire {
     /// Reads them. `source` decides what is asked about when nothing is set.
-    pub(super) fn parse(v: &Values, source: IdentitySource) -> Result<Self, Error> {
+    pub(super) fn parse(v: &Values, source: IdentitySource, trust_domain: &str) -> Result<Self, Error> {
         let endpoint = |variable: &'static Variable| -> Result<Option<Endpoint>, Error> {
             let parse =
                 |text: &str| text.parse().map_err(|e: EndpointError| value::error(variable, text, &e.to_string()));
@@ -49,13 +52,14 @@ impl Spire {
             by_process,
             unattested_selectors: value::flag(v, &opt::SPIRE_UNATTESTED_SELECTORS, false)?,
             agent: agent.transpose()?,
+            template: id_template(v, trust_domain)?,
             hint: v.get(&opt::SPIFFE_HINT).map(str::to_owned),
             accept_other_id: value::flag(v, &opt::SPIFFE_ACCEPT_OTHER_ID, false)?,
         })
     }
 
     /// What contradicts itself, or is missing for a source.
-    pub(super) fn check(&self, source: IdentitySource, mode: &Mode) -> Result<(), Error> {
+    pub(super) fn check(&self, source: IdentitySource, mode: &Mode, node: &str) -> Result<(), Error> {
         let Self { workload_api, broker, admin, unattested_selectors, .. } = self;
         let needs = |name: &str, there: bool| match there {
             true => Ok(()),
@@ -73,10 +77,26 @@ impl Spire {
                 needs("PROXY_MODE=dedicated: it has one identity for the process", *mode != Mode::Shared)?;
             }
         }
+        if let Some(template) = &self.template {
+            if !source.is_per_workload() {
+                let why = "SPIFFE_ID_TEMPLATE is for identities from SPIRE: a CA of Istio's protocol issues Istio's pattern only";
+                return Err(Error::Combination(why.into()));
+            }
+            if template.names_node() && node.is_empty() {
+                return Err(Error::Combination("SPIFFE_ID_TEMPLATE uses {node}: set NODE_NAME".into()));
+            }
+        }
         if *unattested_selectors && source != IdentitySource::SpireDelegated {
             let why = "SPIRE_UNATTESTED_SELECTORS is for IDENTITY_SOURCE=spire-delegated alone";
             return Err(Error::Combination(why.into()));
         }
         Ok(())
     }
+}
+
+fn id_template(v: &Values, trust_domain: &str) -> Result<Option<IdTemplate>, Error> {
+    let Some(text) = v.get(&opt::SPIFFE_ID_TEMPLATE).filter(|text| *text != template::ISTIO) else { return Ok(None) };
+    let wrong = |why: String| value::error(&opt::SPIFFE_ID_TEMPLATE, text, &why);
+    let domain: TrustDomain = trust_domain.parse().map_err(|e| wrong(format!("TRUST_DOMAIN: {e}")))?;
+    IdTemplate::new(text, &domain).map(Some).map_err(|e| wrong(e.to_string()))
 }

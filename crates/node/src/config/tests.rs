@@ -129,3 +129,26 @@ fn misspelt_names_of_ours_are_warned_of() {
     let config = load(&[("ZSPIRE_ADMIN_PROT", "1"), ("ZSPIRE_CP_LISTEN", "x")]).unwrap();
     assert_eq!(config.warnings, ["ZSPIRE_ADMIN_PROT is set, but there is no such variable"]);
 }
+
+#[test]
+fn templates_of_identities() {
+    const SPIRE: [(&str, &str); 3] = [
+        ("IDENTITY_SOURCE", "spire-delegated"),
+        ("SPIRE_ADMIN_ENDPOINT_SOCKET", "unix:///run/admin.sock"),
+        ("TRUST_DOMAIN", "example.org"),
+    ];
+    let with = |more: &[(&str, &str)]| load(&[&SPIRE[..], more].concat()).map(|config| config.spire.template);
+    let template = |text| with(&[("SPIFFE_ID_TEMPLATE", text)]);
+    assert_eq!(with(&[]), Ok(None));
+    assert_eq!(template("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}"), Ok(None), "as Istio's do");
+    let own = template("spiffe://{trust_domain}/{namespace}/{pod}").unwrap().unwrap();
+    assert_eq!(own.to_string(), "spiffe://example.org/{namespace}/{pod}");
+    let why = template("spiffe://other.org/{pod}").unwrap_err();
+    assert!(why.contains("SPIFFE_ID_TEMPLATE=\"spiffe://other.org/{pod}\"") && why.contains("example.org"), "{why}");
+    let why = template("spiffe://{trust_domain}/{node}/{pod}").unwrap_err();
+    assert!(why.contains("set NODE_NAME"), "{why}");
+    let node = with(&[("SPIFFE_ID_TEMPLATE", "spiffe://{trust_domain}/{node}/{pod}"), ("NODE_NAME", "n1")]);
+    assert!(node.unwrap().is_some());
+    let why = load(&[("SPIFFE_ID_TEMPLATE", "spiffe://{trust_domain}/{pod}")]).unwrap_err();
+    assert!(why.contains("identities from SPIRE"), "{why}");
+}

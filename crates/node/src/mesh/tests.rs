@@ -55,7 +55,7 @@ fn name(name: &str) -> WorkloadName {
 fn mesh(prefetch: Option<&str>) -> (Arc<Noting>, Mesh) {
     let source = Arc::new(Noting::default());
     let prefetch = prefetch.map(|node| Prefetch { node: node.into() });
-    let mesh = Mesh::new(source.clone(), "c", prefetch);
+    let mesh = Mesh::new(source.clone(), "c", prefetch, None);
     (source, mesh)
 }
 
@@ -134,4 +134,16 @@ fn a_pod_is_told_when_its_workload_becomes_somebody_else() {
     assert_eq!(asked.last().unwrap(), "watch spiffe://other.example/ns/shop/sa/web WarmUp");
     mesh.apply([Change::PutWorkload(workload("web-1", "admin", "n"))]);
     assert!(local.borrow_and_update().here().is_none(), "another service account");
+}
+
+#[test]
+fn peers_are_expected_by_the_template_of_our_trust_domain() {
+    let template = IdTemplate::new("spiffe://{trust_domain}/{node}/{pod}", &"cluster.local".parse().unwrap()).unwrap();
+    let mesh = Mesh::new(Arc::new(Noting::default()), "c", None, Some(template));
+    let theirs = Workload { trust_domain: "theirs".parse().unwrap(), ..Workload::clone(&workload("b", "web", "n")) };
+    mesh.apply([Change::PutWorkload(workload("a", "web", "n")), Change::PutWorkload(Arc::new(theirs))]);
+    let snapshot = mesh.reader().load();
+    let mut ids: Vec<_> = snapshot.workloads().map(|workload| workload.identity().unwrap().to_string()).collect();
+    ids.sort();
+    assert_eq!(ids, ["spiffe://cluster.local/n/a", "spiffe://theirs/ns/shop/sa/web"]);
 }

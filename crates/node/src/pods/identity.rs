@@ -5,18 +5,40 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use zspire_identity::{Priority, Source, Watch, WorkloadKey};
-use zspire_model::{SpiffeId, TrustDomain};
+use zspire_model::spiffe::template::Names;
+use zspire_model::{IdTemplate, SpiffeId, TrustDomain};
 
 use super::references::References;
 use super::{Namespace, PodInfo};
+
+/// Which identity is expected of a pod of this node.
+#[derive(Debug, Clone)]
+pub struct Expected {
+    pub trust_domain: TrustDomain,
+    /// None: Istio's.
+    pub template: Option<IdTemplate>,
+    pub node: String,
+}
+
+impl Expected {
+    /// The identity of a pod. Fails where its names cannot be a part of one.
+    pub fn of(&self, pod: &PodInfo) -> anyhow::Result<SpiffeId> {
+        let PodInfo { name, namespace, service_account } = pod;
+        let names = Names { namespace, service_account, pod: name, node: &self.node };
+        let id = match &self.template {
+            Some(template) => template.id(&names),
+            None => SpiffeId::istio(&self.trust_domain, namespace, service_account),
+        };
+        id.with_context(|| format!("pod {pod} has no SPIFFE ID"))
+    }
+}
 
 /// How pods get credentials of their own.
 #[derive(Debug, Clone)]
 pub struct PerPod {
     pub source: Arc<dyn Source>,
     pub references: Arc<References>,
-    /// Of the identity that is expected of a pod.
-    pub trust_domain: TrustDomain,
+    pub expected: Expected,
 }
 
 /// The credentials of one pod; given up with the value.
@@ -31,9 +53,7 @@ pub struct Held {
 impl PerPod {
     /// Asks for a pod's credentials; never waits for them.
     pub fn ask(&self, uid: &str, pod: &PodInfo, namespace: &Namespace) -> anyhow::Result<Held> {
-        let id = SpiffeId::istio(&self.trust_domain, &pod.namespace, &pod.service_account)
-            .with_context(|| format!("pod {pod} has no SPIFFE ID"))?;
-        let key = WorkloadKey { id, workload: Some(uid.into()) };
+        let key = WorkloadKey { id: self.expected.of(pod)?, workload: Some(uid.into()) };
         let generation = self.references.insert(uid, pod, namespace);
         if generation > 0 {
             // The same pod in a new sandbox: what was attested of the old one says nothing about it.

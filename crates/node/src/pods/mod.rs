@@ -31,6 +31,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::config::WorkloadName;
+
 /// First pause before a proxy that did not start is tried again; doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
@@ -41,6 +43,13 @@ pub struct PodInfo {
     pub name: String,
     pub namespace: String,
     pub service_account: String,
+}
+
+impl From<&WorkloadName> for PodInfo {
+    fn from(name: &WorkloadName) -> Self {
+        let WorkloadName { namespace, name, service_account } = name.clone();
+        Self { name, namespace, service_account }
+    }
 }
 
 /// A pod's network namespace: the descriptor, and the inode by which namespaces are compared.

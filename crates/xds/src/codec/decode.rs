@@ -33,6 +33,7 @@ pub(super) fn workload(shared: &mut Interner, from: wire::Workload) -> Result<Wo
         subzone: shared.text(&locality.subzone),
     };
     Ok(Workload {
+        id_template: None,
         // Of its own: nothing but the name of this workload is equal to it.
         uid: from.uid.into(),
         name: from.name.as_str().into(),

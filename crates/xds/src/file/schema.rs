@@ -92,6 +92,7 @@ impl WorkloadEntry<'_> {
         }
         let locality = self.locality.build(shared);
         Ok(Workload {
+            id_template: None,
             uid: (&*self.uid).into(),
             name: (&*self.name).into(),
             namespace: shared.text(&self.namespace),

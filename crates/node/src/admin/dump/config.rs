@@ -102,6 +102,7 @@ fn servers(c: &Config, all: &mut BTreeMap<&str, Value>) {
         ("auth", token(c.token.as_ref())),
         ("joinToken", token(c.join_token.as_ref())),
         ("stateDir", path(&c.state_dir)),
+        ("spiffeIdTemplate", json!(c.spire.template.as_ref().map(ToString::to_string))),
         ("secretTtl", duration(c.secret_ttl)),
         ("preferedServiceNamespace", json!(c.preferred_service_namespace)),
         ("tls12Enabled", json!(c.tls12)),
