@@ -23,6 +23,7 @@ use zspire_proxy::{Keepalive, Listeners, OriginalSource, PodSpec, Proxy, Shared}
 use zspire_sys::privileges::{self, Capability};
 
 use crate::admin::dump::{self, Connection, Connections, Info, PodState};
+use crate::admin::identities::Sources;
 use crate::admin::{self, Admin};
 use crate::config::{self, Config, Mode, WorkloadName};
 use crate::discovery;
@@ -100,6 +101,8 @@ struct Served {
     pods: pods::Board,
     checks: OnceLock<Checks>,
     source: Arc<dyn Source>,
+    /// The proxy's own SVID, where it has to show one.
+    own: Option<Arc<dyn Source>>,
     revocation: Revocation,
     /// Where every pod has credentials of its own.
     per_pod: Option<PerPod>,
@@ -150,6 +153,7 @@ impl Node {
             checks: OnceLock::new(),
             per_pod: self.per_pod(&control.source, control.references)?,
             source: control.source,
+            own: control.own,
             revocation: control.revocation,
             discovery: discovery.board.clone(),
         });
@@ -319,7 +323,12 @@ impl Node {
         quit: &CancellationToken,
         tasks: &Tasks,
     ) -> anyhow::Result<()> {
-        let admin = Admin { dump: self.dump(view.clone()), logging: self.logging.clone(), quit: quit.clone() };
+        let admin = Admin {
+            dump: self.dump(view.clone()),
+            identities: self.identities(view.clone())?,
+            logging: self.logging.clone(),
+            quit: quit.clone(),
+        };
         for (n, address) in self.config.admin_addresses().into_iter().enumerate() {
             match http_server::bind("the admin page", address) {
                 Ok(listener) => {
@@ -372,13 +381,15 @@ impl Node {
         }
         registry
             .register_collector(Box::new(Process { workers: self.workers.metrics(), logging: self.logging.clone() }));
+        let sources = [Some(source.clone()), served.own.clone()].into_iter().flatten().collect();
         registry.register_collector(Box::new(metrics::Identities(source)));
+        registry.register_collector(Box::new(metrics::Sources(sources)));
         registry.register_collector(Box::new(metrics::Revocations(served.revocation.clone())));
         registry
     }
 
     /// Before anything is served, the dump shows the settings alone.
-    fn dump(&self, view: Arc<OnceLock<Arc<Served>>>) -> Arc<dyn Fn() -> String + Send + Sync> {
+    fn dump(&self, view: Arc<OnceLock<Arc<Served>>>) -> admin::Page {
         let (config, build) = (self.config.clone(), self.build.clone());
         Arc::new(move || {
             let served = view.get();
@@ -399,6 +410,21 @@ impl Node {
                 },
             })
         })
+    }
+
+    fn identities(&self, view: Arc<OnceLock<Arc<Served>>>) -> anyhow::Result<admin::Page> {
+        let (source, trust_domain) = (self.config.identity.name(), self.config.trust_domain.clone());
+        let expected = self.expected()?;
+        Ok(Arc::new(move || {
+            let mut sources = Sources { source, trust_domain: trust_domain.clone(), ..Sources::default() };
+            if let Some(served) = view.get() {
+                let id = |pod: &PodView| expected.of(&pod.info).map_err(|e| format!("{e:#}"));
+                sources.pods = served.pods.pods().into_iter().map(|pod| (pod.clone(), id(&pod))).collect();
+                sources.entries = served.source.entries();
+                sources.own = served.own.as_ref().map(|own| own.entries()).unwrap_or_default();
+            }
+            admin::identities::render(sources)
+        }))
     }
 
     /// Live connections have until the deadline, or until the impatient operator asks again.

@@ -36,6 +36,8 @@ pub struct Control {
     pub xds: Option<Channel>,
     /// What the source knows of the pods that it is asked about, where every pod has credentials of its own.
     pub references: Option<Arc<References>>,
+    /// The proxy's own SVID, where it has to show one to whoever issues the others.
+    pub own: Option<Arc<dyn zspire_identity::Source>>,
 }
 
 /// Builds source and channels; joins first where that is configured.
@@ -57,11 +59,11 @@ pub async fn start(config: &Config, readiness: &Readiness, tasks: &Tasks) -> any
     let revocation = revocation(config, readiness, tasks);
     let policy = policy(config).with_revocation(revocation.clone());
     let schedule = per_identity::Config { policy, ..per_identity::Config::default() };
-    let mut references = None;
+    let (mut references, mut own) = (None, None);
     let source: Arc<dyn zspire_identity::Source> = match (config.identity, ca) {
         (IdentitySource::SpireBroker | IdentitySource::SpireDelegated | IdentitySource::WorkloadApi, _) => {
             let spire = spire::start(config, &schedule.policy, tasks)?;
-            references = spire.references;
+            (references, own) = (spire.references, spire.own);
             spire.source
         }
         (IdentitySource::Local, _) | (IdentitySource::IstioCa, None) => {
@@ -86,7 +88,7 @@ pub async fn start(config: &Config, readiness: &Readiness, tasks: &Tasks) -> any
         }
     };
     let xds = xds.map(Channel::new).transpose().context("XDS_ADDRESS")?;
-    Ok(Control { source, revocation, xds, references })
+    Ok(Control { source, revocation, xds, references, own })
 }
 
 /// Follows the file of revocation lists, if there is one. For proxies only: CA and discovery server are known by their roots.

@@ -183,6 +183,86 @@ impl Identities {
     }
 }
 
+/// Trust domains whose age is told; the others are counted together as `other`.
+const TRUST_DOMAINS: usize = 64;
+
+/// What every source of identities counts, told by the name of the source.
+#[derive(Debug)]
+pub struct Sources(pub Vec<Arc<dyn zspire_identity::Source>>);
+
+impl Collector for Sources {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let all: Vec<_> = self.0.iter().map(|source| (source.name(), source.stats())).collect();
+        let mut gauge = |name: &str, help: &str, value: fn(&zspire_identity::Stats) -> usize| {
+            let kind = prometheus_client::metrics::MetricType::Gauge;
+            let mut metric = encoder.encode_descriptor(name, help, None, kind)?;
+            all.iter().try_for_each(|(source, stats)| {
+                ConstGauge::new(value(stats) as i64).encode(metric.encode_family(&[("source", *source)])?)
+            })
+        };
+        let help = "Workloads whose identity is followed, or identities where workloads share them";
+        gauge("zspire_identity_subscriptions", help, |stats| stats.held)?;
+        gauge("zspire_identity_svids", "Those of them that have an SVID", |stats| stats.ready)?;
+        let kind = prometheus_client::metrics::MetricType::Counter;
+        let help = "Answers that came, also empty ones";
+        let mut updates = encoder.encode_descriptor("zspire_identity_updates", help, None, kind)?;
+        for (source, stats) in &all {
+            ConstCounter::new(stats.updates).encode(updates.encode_family(&[("source", *source)])?)?;
+        }
+        let help = "What went wrong, by gRPC code or, where it is not gRPC's, by a name of ours";
+        let mut errors = encoder.encode_descriptor("zspire_identity_errors", help, None, kind)?;
+        for (source, stats) in &all {
+            for (code, count) in &stats.errors {
+                let labels = [("source", *source), ("code", *code)];
+                ConstCounter::new(*count).encode(errors.encode_family(&labels)?)?;
+            }
+        }
+        let kind = prometheus_client::metrics::MetricType::Histogram;
+        let help = "Time from the moment that a workload was there to its first SVID";
+        let mut first = encoder.encode_descriptor("zspire_identity_first_svid_seconds", help, None, kind)?;
+        for (source, stats) in &all {
+            let (buckets, labels): (Vec<_>, _) = (stats.first.buckets().collect(), [("source", *source)]);
+            let mut first = first.encode_family(&labels)?;
+            first.encode_histogram::<NoLabelSet>(
+                stats.first.sum().as_secs_f64(),
+                stats.first.count(),
+                &buckets,
+                None,
+            )?;
+        }
+        self.encode_bundles(&mut encoder, &all)
+    }
+}
+
+impl Sources {
+    fn encode_bundles(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        all: &[(&'static str, zspire_identity::Stats)],
+    ) -> std::fmt::Result {
+        let kind = prometheus_client::metrics::MetricType::Gauge;
+        let help =
+            "Time since the roots of a trust domain were seen to change, of the workload that has had them longest";
+        let mut ages = encoder.encode_descriptor("zspire_identity_bundle_age_seconds", help, None, kind)?;
+        let now = std::time::SystemTime::now();
+        for (source, stats) in all {
+            let age = |since: &std::time::SystemTime| now.duration_since(*since).unwrap_or_default().as_secs();
+            let mut age_of = |domain: &str, seconds: u64| {
+                let labels = [("source", *source), ("trust_domain", domain)];
+                ConstGauge::new(seconds as i64).encode(ages.encode_family(&labels)?)
+            };
+            for (domain, since) in stats.bundles.iter().take(TRUST_DOMAINS) {
+                age_of(domain.as_str(), age(since))?;
+            }
+            // Whoever federates with many does not make the page grow without end.
+            if let Some(oldest) = stats.bundles.values().skip(TRUST_DOMAINS).min() {
+                age_of("other", age(oldest))?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The proxies of pods, under upstream's names.
 #[derive(Debug)]
 pub struct Pods {
@@ -347,8 +427,31 @@ async fn page(State(registry): State<Arc<Registry>>) -> Response {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::SystemTime;
+
+    use zspire_identity::{Entry, Priority, Source, Stats, Watch, WorkloadKey};
 
     use super::*;
+
+    /// A source that has these numbers and nothing else.
+    #[derive(Debug)]
+    struct Counted(Stats);
+
+    impl Source for Counted {
+        fn name(&self) -> &'static str {
+            "counted"
+        }
+        fn watch(&self, _: &WorkloadKey, _: Priority) -> Watch {
+            unreachable!("nobody asks")
+        }
+        fn forget(&self, _: &WorkloadKey) {}
+        fn entries(&self) -> Vec<Entry> {
+            Vec::new()
+        }
+        fn stats(&self) -> Stats {
+            self.0.clone()
+        }
+    }
 
     fn page_of(collector: impl Collector) -> String {
         let mut registry = Registry::default();
@@ -372,25 +475,8 @@ mod tests {
 
     #[test]
     fn the_histogram_of_requests_is_complete() {
-        #[derive(Debug)]
-        struct Nobody;
-        impl zspire_identity::Source for Nobody {
-            fn name(&self) -> &'static str {
-                "nobody"
-            }
-            fn watch(&self, _: &zspire_identity::WorkloadKey, _: zspire_identity::Priority) -> zspire_identity::Watch {
-                unreachable!("nobody asks")
-            }
-            fn forget(&self, _: &zspire_identity::WorkloadKey) {}
-            fn entries(&self) -> Vec<zspire_identity::Entry> {
-                Vec::new()
-            }
-            fn stats(&self) -> zspire_identity::Stats {
-                let refusals = [("Unavailable", 3)].into();
-                zspire_identity::Stats { refusals, ..Default::default() }
-            }
-        }
-        let page = page_of(Identities(Arc::new(Nobody)));
+        let stats = Stats { refusals: [("Unavailable", 3)].into(), ..Stats::default() };
+        let page = page_of(Identities(Arc::new(Counted(stats))));
         for line in [
             "zspire_ca_request_failures_total{code=\"Unavailable\"} 3",
             "zspire_ca_request_duration_seconds_bucket{le=\"0.005\"} 0",
@@ -399,5 +485,32 @@ mod tests {
         ] {
             assert!(page.contains(line), "no {line} in {page}");
         }
+    }
+    #[test]
+    fn sources_are_told_apart_and_trust_domains_are_bounded() {
+        let hour_ago = SystemTime::now() - Duration::from_secs(3600);
+        let domain = |n: usize| (format!("td{n:03}").parse().unwrap(), hour_ago);
+        let stats = Stats {
+            held: 3,
+            ready: 2,
+            updates: 7,
+            errors: [("NoEntry", 4)].into(),
+            bundles: (0..TRUST_DOMAINS + 10).map(domain).collect(),
+            ..Stats::default()
+        };
+        let page = page_of(Sources(vec![Arc::new(Counted(stats))]));
+        for line in [
+            "zspire_identity_subscriptions{source=\"counted\"} 3\n",
+            "zspire_identity_svids{source=\"counted\"} 2\n",
+            "zspire_identity_updates_total{source=\"counted\"} 7\n",
+            "zspire_identity_errors_total{source=\"counted\",code=\"NoEntry\"} 4\n",
+            "zspire_identity_first_svid_seconds_bucket{le=\"+Inf\",source=\"counted\"} 0\n",
+            "zspire_identity_bundle_age_seconds{source=\"counted\",trust_domain=\"td000\"} 36",
+            "zspire_identity_bundle_age_seconds{source=\"counted\",trust_domain=\"other\"} 36",
+        ] {
+            assert!(page.contains(line), "no {line} in {page}");
+        }
+        let ages = page.lines().filter(|line| line.starts_with("zspire_identity_bundle_age_seconds{")).count();
+        assert_eq!(ages, TRUST_DOMAINS + 1);
     }
 }

@@ -18,6 +18,8 @@ pub struct Spire {
     pub source: Arc<dyn Source>,
     /// None where the identity is that of the process.
     pub references: Option<Arc<References>>,
+    /// The proxy's own SVID, where it has to show one.
+    pub own: Option<Arc<dyn Source>>,
 }
 
 /// Starts the source that IDENTITY_SOURCE names.
@@ -30,8 +32,9 @@ pub fn start(config: &Config, policy: &Policy, tasks: &Tasks) -> anyhow::Result<
     };
     if config.identity == IdentitySource::WorkloadApi {
         let source = own(config, settings, tasks)?;
-        return Ok(Spire { source, references: None });
+        return Ok(Spire { source, references: None, own: None });
     }
+    let mut own_source = None;
     let agent: Arc<dyn Agent> = match config.identity {
         IdentitySource::SpireDelegated => {
             let admin = config.spire.admin.clone().context("SPIRE_ADMIN_ENDPOINT_SOCKET is not set")?;
@@ -39,7 +42,13 @@ pub fn start(config: &Config, policy: &Policy, tasks: &Tasks) -> anyhow::Result<
             tasks.spawn("trust bundles", bundles.run(tasks.stop.clone()));
             Arc::new(agent)
         }
-        _ => Arc::new(broker(config, &settings, tasks)?),
+        _ => {
+            // Whoever the agent says this process is: nothing but the agent's `brokers` depends on it.
+            let own = own(config, Settings { accept_other_id: true, ..settings.clone() }, tasks)?;
+            let broker = broker(config, &*own)?;
+            own_source = Some(own);
+            Arc::new(broker)
+        }
     };
     if config.spire.unattested_selectors {
         tracing::warn!("SPIRE_UNATTESTED_SELECTORS=true: the SPIRE agent attests no workload, it believes this proxy");
@@ -47,7 +56,7 @@ pub fn start(config: &Config, policy: &Policy, tasks: &Tasks) -> anyhow::Result<
     let references = Arc::new(References::new(kind(config)));
     let (source, driver) = subscriptions::new(agent, references.clone(), settings);
     tasks.spawn("SVIDs", driver.run(tasks.stop.clone()));
-    Ok(Spire { source: Arc::new(source), references: Some(references) })
+    Ok(Spire { source: Arc::new(source), references: Some(references), own: own_source })
 }
 
 fn kind(config: &Config) -> Kind {
@@ -68,10 +77,8 @@ fn own(config: &Config, settings: Settings, tasks: &Tasks) -> anyhow::Result<Arc
 }
 
 /// The Broker API, which is shown the proxy's own SVID.
-fn broker(config: &Config, settings: &Settings, tasks: &Tasks) -> anyhow::Result<broker::Broker> {
+fn broker(config: &Config, own: &dyn Source) -> anyhow::Result<broker::Broker> {
     let endpoint = config.spire.broker.clone().context("SPIFFE_BROKER_SOCKET is not set")?;
-    // Whoever the agent says this process is: nothing but the agent's `brokers` depends on it.
-    let own = own(config, Settings { accept_other_id: true, ..settings.clone() }, tasks)?;
     let domain: TrustDomain = config.trust_domain.parse().context("TRUST_DOMAIN")?;
     let (namespace, account) = match (&*config.pod_namespace, &*config.service_account) {
         ("", _) | (_, "") => ("istio-system", "ztunnel"),

@@ -148,7 +148,7 @@ impl Held {
 
     /// There is nothing to ask about yet.
     pub(super) fn not_located(&self, why: &Str) {
-        self.note("NotFound", why);
+        self.note("NotLocated", why);
         if !self.is_ready() {
             self.enter(State::Pending { why: why.clone() });
         }

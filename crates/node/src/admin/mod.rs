@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `GET /` | this list |
 //! | `GET /config_dump` | configuration and state, in ztunnel's JSON shape ([`dump`]) |
+//! | `GET /identities` | each pod's identity and what has happened to it ([`identities`]) |
 //! | `POST /logging[?level=L][&reset]` | shows or changes log levels |
 //! | `POST /quitquitquit` | drains and stops |
 //! | `GET /debug/pprof/profile[?seconds=N][&frequency=HZ]` | CPU profile |
@@ -13,6 +14,7 @@
 //! rebinding a name, nor post to it across origins). It holds no state of its own.
 
 pub mod dump;
+pub mod identities;
 mod pprof;
 
 use std::collections::BTreeMap;
@@ -30,17 +32,23 @@ use crate::telemetry::Logging;
 
 const INDEX: &str = "<!doctype html><title>zspire</title><h1>zspire</h1><ul>\
 <li><a href=\"config_dump\">config_dump</a>: configuration and state\
+<li><a href=\"identities\">identities</a>: each pod's identity and what has happened to it\
 <li>POST logging?level=LEVEL: change log levels; logging?reset: back to the start's; logging: show them\
 <li>POST quitquitquit: drain and stop\
 <li><a href=\"debug/pprof/profile\">debug/pprof/profile</a>?seconds=10&amp;frequency=99: CPU profile\
 <li><a href=\"debug/pprof/heap\">debug/pprof/heap</a>: heap profile\
 </ul>\n";
 
+/// Makes a page when it is asked for.
+pub type Page = Arc<dyn Fn() -> String + Send + Sync>;
+
 /// What the admin server shows and changes.
 #[derive(Clone)]
 pub struct Admin {
     /// The configuration dump as JSON text.
-    pub dump: Arc<dyn Fn() -> String + Send + Sync>,
+    pub dump: Page,
+    /// The identities as JSON text.
+    pub identities: Page,
     pub logging: Logging,
     /// Cancelled by `/quitquitquit`.
     pub quit: CancellationToken,
@@ -56,7 +64,8 @@ impl std::fmt::Debug for Admin {
 pub fn router(admin: Admin) -> Router {
     Router::new()
         .route("/", get(|| async { Html(INDEX) }))
-        .route("/config_dump", get(config_dump))
+        .route("/config_dump", get(|State(admin): State<Admin>| page(admin.dump)))
+        .route("/identities", get(|State(admin): State<Admin>| page(admin.identities)))
         .route("/logging", post(logging))
         .route("/quitquitquit", post(quit))
         .route("/debug/pprof/profile", get(pprof::profile))
@@ -97,12 +106,11 @@ fn is_loopback(host: &str) -> bool {
     name.eq_ignore_ascii_case("localhost") || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-async fn config_dump(State(admin): State<Admin>) -> Response {
+async fn page(page: Page) -> Response {
     // With many workloads this takes a while: not on the control thread.
-    let dump = Arc::clone(&admin.dump);
-    match tokio::task::spawn_blocking(move || dump()).await {
+    match tokio::task::spawn_blocking(move || page()).await {
         Ok(text) => ([(header::CONTENT_TYPE, "application/json")], text).into_response(),
-        Err(_) => (StatusCode::INTERNAL_SERVER_ERROR, "the dump failed\n").into_response(),
+        Err(_) => (StatusCode::INTERNAL_SERVER_ERROR, "the page failed\n").into_response(),
     }
 }
 
