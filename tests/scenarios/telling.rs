@@ -5,7 +5,7 @@ use std::process::Output;
 use serde_json::Value;
 use zspire_testkit::plan::captured;
 use zspire_testkit::policy::{allow_from, deny_from};
-use zspire_testkit::{Mesh, hear, mesh, say, uncaptured, until};
+use zspire_testkit::{Mesh, Pod, hear, mesh, say, uncaptured, until};
 
 use crate::scenario;
 
@@ -375,5 +375,44 @@ fn access_log_has_the_recorded_fields() {
             }
         }
         assert!(compared >= 5 && kinds.len() >= 4, "{kinds:?}");
+    });
+}
+
+#[test]
+fn metrics_of_a_shared_proxy_are_had_through_a_tunnel() {
+    scenario(|| {
+        let mesh = mesh()
+            .shared()
+            .proxies_as_workloads()
+            .node("a")
+            .pod("prometheus")
+            .pod("nosy")
+            .node("b")
+            .pod("server")
+            .policy(deny_from("nosy"))
+            .start();
+        let (prometheus, nosy, server) = (mesh.pod("prometheus"), mesh.pod("nosy"), mesh.pod("server"));
+        let get = |from: &Pod, port: u16| {
+            let url = format!("http://{}/metrics", mesh.node_at("b", port));
+            text(&from.command("curl", &["-s", "--max-time", "10", &url]).output().unwrap().stdout)
+        };
+        let recording = mesh.record();
+        let page = get(&prometheus, 15020);
+        assert!(page.contains("istio_build{"), "{page}");
+        assert_eq!(recording.end().with(b"istio_build"), 0, "metrics are seen on the wire");
+        let told = |what: &str, is_it: &dyn Fn(&Value) -> bool| {
+            let own = |line: &Value| line["scope"] == "access" && line["dst.workload"] == "proxy-b" && is_it(line);
+            server.proxy(|proxy| proxy.line(what, own))
+        };
+        let access = told("the access to the metrics", &|line| line["src.workload"] == "prometheus");
+        assert_eq!(access["dst.identity"], "spiffe://cluster.local/ns/test/sa/proxy-b");
+        // Nothing else of the node is to be had that way, and policies apply.
+        for port in [15000, 15021, 22] {
+            assert_eq!(get(&prometheus, port), "");
+            server.refusal("inbound", &format!("the proxy offers port 15020 to the mesh, not {port}"));
+        }
+        assert_eq!(get(&nosy, 15020), "");
+        told("a denial", &|line| line["error"].as_str().is_some_and(|error| error.contains("policy rejection")));
+        server.metric(&["istio_tcp_connections_opened_total", "reporter=\"destination\"", "proxy-b"]);
     });
 }

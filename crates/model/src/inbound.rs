@@ -22,6 +22,8 @@ pub struct InboundRequest<'a> {
     pub local_address: IpAddr,
     /// What the CONNECT asks for.
     pub authority: &'a Authority,
+    /// Where the workload is the proxy itself: the one port of it that tunnels may lead to.
+    pub only: Option<u16>,
     /// The proxy's settings.
     pub settings: &'a Settings,
 }
@@ -43,6 +45,14 @@ pub enum Reject {
     /// The proxy itself was asked for.
     #[error("port {0} belongs to the proxy itself")]
     OwnPort(u16),
+    /// The proxy itself was asked for, at another port than the one that it offers to the mesh.
+    #[error("the proxy offers port {only} to the mesh, not {asked}")]
+    NotOffered {
+        /// The port asked for.
+        asked: u16,
+        /// The port that there is.
+        only: u16,
+    },
     /// An address was asked for that is not the workload's.
     #[error("{asked} was asked for at {local}, and workload {workload} is not a waypoint for it")]
     NotHere {
@@ -99,7 +109,12 @@ pub fn resolve(snapshot: &Snapshot, request: &InboundRequest<'_>) -> Result<Inbo
 /// An application tunnel ends at the tunnel's port, whatever was asked for.
 fn refuse_own_ports(request: &InboundRequest<'_>, asked: u16, tunnel: Option<ApplicationTunnel>) -> Result<(), Reject> {
     let port = tunnel.and_then(|tunnel| tunnel.port).unwrap_or(asked);
-    if request.settings.own_ports.contains(&port) { Err(Reject::OwnPort(port)) } else { Ok(()) }
+    match request.only {
+        Some(only) if only == port => Ok(()),
+        Some(only) => Err(Reject::NotOffered { asked: port, only }),
+        None if request.settings.own_ports.contains(&port) => Err(Reject::OwnPort(port)),
+        None => Ok(()),
+    }
 }
 
 fn check_address(snapshot: &Snapshot, request: &InboundRequest<'_>, asked: IpAddr) -> Result<(), Reject> {

@@ -113,7 +113,12 @@ struct Served {
 enum Serving {
     Nothing,
     Dedicated(Proxy),
-    Shared { stop: CancellationToken, drains: Drains },
+    Shared {
+        stop: CancellationToken,
+        drains: Drains,
+        /// The process as a workload of its own.
+        own: Option<Proxy>,
+    },
 }
 
 impl Node {
@@ -279,6 +284,7 @@ impl Node {
             },
             place: None,
             overlap: false,
+            only: None,
         };
         let proxy = Proxy::start(&self.workers, &served.shared, spec)?;
         tracing::info!(pod = %uid, listeners = ?proxy.listeners(), "pod is served");
@@ -314,7 +320,28 @@ impl Node {
         let _ = served.checks.set(launcher.checks());
         let client = pods::Client::new(self.config.inpod_uds.clone(), launcher, readiness, served.pods.clone());
         tasks.spawn("pods", client.run(stop.clone()));
-        Ok((Serving::Shared { stop, drains }, counts))
+        Ok((Serving::Shared { stop, drains, own: self.serve_itself(served, mesh)? }, counts))
+    }
+
+    /// Lets peers reach the metrics of a shared proxy through a tunnel, as those of a workload that policies apply to.
+    fn serve_itself(&self, served: &Served, mesh: &Mesh) -> anyhow::Result<Option<Proxy>> {
+        let Some(name) = self.config.own_workload() else { return Ok(None) };
+        if self.config.identity.is_per_workload() {
+            tracing::warn!("metrics are not offered through a tunnel: the SPIRE agent attests pods, not this process");
+            return Ok(None);
+        }
+        let ipv6 = self.config.ipv6 && zspire_sys::socket::ipv6_available();
+        let spec = PodSpec {
+            uid: format!("{}/{}", name.namespace, name.name).into(),
+            local: mesh.follow(&name, None),
+            listeners: Listeners::tunnels(self.config.addresses.bind, ipv6),
+            place: None,
+            overlap: self.config.inpod_port_reuse,
+            only: Some(self.config.addresses.stats),
+        };
+        let proxy = Proxy::start(&self.workers, &served.shared, spec).context("cannot serve this process's own pod")?;
+        tracing::info!(address = %proxy.listeners().inbound, "metrics are offered through a tunnel");
+        Ok(Some(proxy))
     }
 
     fn serve_admin(
@@ -444,8 +471,10 @@ impl Node {
                 // Cuts what is left, and waits until it has been told.
                 proxy.cut().await;
             }
-            Serving::Shared { stop, drains } => {
+            Serving::Shared { stop, drains, own } => {
                 stop.cancel();
+                // Nothing that asks for metrics is worth waiting for beyond what pods need.
+                own.iter().for_each(Proxy::drain);
                 // Each pod has the deadline for itself. A part that has failed may be the one that would drain them.
                 tokio::select! {
                     () = served.pods.emptied() => {}
@@ -458,6 +487,9 @@ impl Node {
                         drains.cut();
                         drains.finished().await;
                     }
+                }
+                if let Some(own) = own {
+                    own.cut().await;
                 }
             }
         }

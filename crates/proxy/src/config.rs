@@ -90,11 +90,11 @@ pub struct Keepalive {
 #[derive(Debug, Clone, Copy)]
 pub struct Listeners {
     /// Outgoing connections, redirected.
-    pub outbound: SocketAddr,
+    pub outbound: Option<SocketAddr>,
     /// Tunnels.
     pub inbound: SocketAddr,
     /// Incoming connections that are no tunnels, redirected.
-    pub plaintext: SocketAddr,
+    pub plaintext: Option<SocketAddr>,
     /// Applications that ask by SOCKS5; never anything but a loopback address.
     pub socks5: Option<SocketAddr>,
     /// DNS queries, redirected.
@@ -104,16 +104,25 @@ pub struct Listeners {
 impl Listeners {
     /// The well-known ports, on one address or on all.
     pub fn well_known(bind: Option<IpAddr>, ipv6: bool, socks5: bool) -> Self {
-        let any = if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
-        let ip = bind.unwrap_or(any);
+        let ip = bind.unwrap_or(any(ipv6));
         // With an address of its own a proxy shares a namespace with others, and loopback with them too.
         let loopback = bind.filter(IpAddr::is_loopback).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
         Self {
-            outbound: SocketAddr::new(ip, OUTBOUND_PORT),
+            outbound: Some(SocketAddr::new(ip, OUTBOUND_PORT)),
             inbound: SocketAddr::new(ip, HBONE_PORT),
-            plaintext: SocketAddr::new(ip, PLAINTEXT_PORT),
+            plaintext: Some(SocketAddr::new(ip, PLAINTEXT_PORT)),
             socks5: socks5.then_some(SocketAddr::new(loopback, SOCKS5_PORT)),
             dns: crate::dns::Listen::OFF,
         }
     }
+
+    /// The port for tunnels alone, on one address or on all.
+    pub fn tunnels(bind: Option<IpAddr>, ipv6: bool) -> Self {
+        let inbound = SocketAddr::new(bind.unwrap_or(any(ipv6)), HBONE_PORT);
+        Self { outbound: None, inbound, plaintext: None, socks5: None, dns: crate::dns::Listen::OFF }
+    }
+}
+
+fn any(ipv6: bool) -> IpAddr {
+    if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) }
 }

@@ -33,15 +33,20 @@ pub(crate) struct Sockets {
 
 impl Sockets {
     /// Settings, and what the kernel allows.
-    pub(crate) fn new(config: &Config, place: Option<Visit>, sharing: usize) -> io::Result<Self> {
+    pub(crate) fn new(
+        config: &Config,
+        original_source: OriginalSource,
+        place: Option<Visit>,
+        sharing: usize,
+    ) -> io::Result<Self> {
         let place = place.map(Arc::new);
         let transparent = within(place.as_deref(), socket::can_be_transparent)?;
         Ok(Self {
             place,
             sharing,
             mark: config.packet_mark,
-            original_source: config.original_source,
-            transparent: config.original_source != OriginalSource::Off && transparent,
+            original_source,
+            transparent: original_source != OriginalSource::Off && transparent,
             keepalive: config.keepalive,
             timeout: config.handshake_timeout,
         })

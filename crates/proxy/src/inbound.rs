@@ -249,6 +249,7 @@ impl Tunnel {
             local: &local.workload,
             local_address: self.local_address.ip(),
             authority: &authority,
+            only: pod.only(),
             settings: &pod.shared().config.routing,
         };
         pod.mesh(|snapshot| inbound::resolve(snapshot, &request))

@@ -39,6 +39,8 @@ pub struct PodSpec {
     pub place: Option<Visit>,
     /// Whether a proxy that serves the pod already is joined at its ports, to take over from it.
     pub overlap: bool,
+    /// Where the pod is this process itself: the one port of it that tunnels may lead to.
+    pub only: Option<u16>,
 }
 
 /// What is known of a pod.
@@ -79,6 +81,7 @@ struct Inner {
     shared: Arc<Shared>,
     uid: Str,
     local: Receiver<Known>,
+    only: Option<u16>,
     sockets: Sockets,
     tunnels: Tunnels,
     live: Rc<Registry>,
@@ -105,6 +108,7 @@ impl Pod {
             shared,
             uid: spec.uid.clone(),
             local: spec.local.clone(),
+            only: spec.only,
             sockets,
             tunnels,
             live,
@@ -119,6 +123,11 @@ impl Pod {
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.0.shared
+    }
+
+    /// The one port that tunnels may lead to; none if there is no such restriction.
+    pub(crate) fn only(&self) -> Option<u16> {
+        self.0.only
     }
 
     pub(crate) fn sockets(&self) -> &Sockets {

@@ -14,8 +14,8 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use zspire_model::Reader;
 use zspire_sys::socket::{self, Listen};
 
-use crate::accept::accept;
-use crate::config::{Config, Listeners};
+use crate::accept::{Accepted, accept};
+use crate::config::{Config, Listeners, OriginalSource};
 use crate::connect::Sockets;
 use crate::flow::Table;
 use crate::live::{Reason, Verdict};
@@ -95,9 +95,9 @@ fn hint(cause: &io::Error) -> &'static str {
 
 /// The listening sockets of one worker.
 struct Sockets4 {
-    outbound: std::net::TcpListener,
+    outbound: Option<std::net::TcpListener>,
     inbound: std::net::TcpListener,
-    plaintext: std::net::TcpListener,
+    plaintext: Option<std::net::TcpListener>,
     socks5: Option<std::net::TcpListener>,
     dns: Vec<dns::Sockets>,
 }
@@ -105,7 +105,9 @@ struct Sockets4 {
 impl Proxy {
     /// Serves a pod on every worker; it listens when this returns. Blocks for a few system calls.
     pub fn start(workers: &Workers, shared: &Arc<Shared>, mut spec: PodSpec) -> Result<Self, StartError> {
-        let sockets = Sockets::new(&shared.config, spec.place.take(), workers.count());
+        // Within one host nothing would bring the answers to a foreign address back to this process.
+        let original_source = if spec.only.is_some() { OriginalSource::Off } else { shared.config.original_source };
+        let sockets = Sockets::new(&shared.config, original_source, spec.place.take(), workers.count());
         let sockets = sockets.map_err(StartError::Enter)?;
         let share = Share { mark: sockets.mark(), workers: workers.count(), overlap: spec.overlap };
         let sets = sockets.inside(|| share.listen_all(&mut spec.listeners)).map_err(StartError::Enter)??;
@@ -157,9 +159,9 @@ impl Share {
         let Listeners { outbound, inbound, plaintext, socks5, dns } = listeners;
         let mut set = |first| {
             Ok(Sockets4 {
-                outbound: self.listen("outbound", outbound, first)?,
+                outbound: outbound.as_mut().map(|at| self.listen("outbound", at, first)).transpose()?,
                 inbound: self.listen("inbound", inbound, first)?,
-                plaintext: self.listen("plaintext inbound", plaintext, first)?,
+                plaintext: plaintext.as_mut().map(|at| self.listen("plaintext inbound", at, first)).transpose()?,
                 socks5: socks5.as_mut().map(|at| self.listen("SOCKS5", at, first)).transpose()?,
                 dns: self.listen_dns(dns, first)?,
             })
@@ -228,17 +230,11 @@ impl Share {
 /// Serves a pod on this worker until it has drained or is cut.
 async fn serve(pod: Pod, sockets: Sockets4, cut: CancellationToken, _running: TaskTrackerToken) {
     let served = async {
-        let socks5 = async {
-            match sockets.socks5 {
-                Some(listener) => accept(listener, &pod, socks5::serve).await,
-                None => pod.drain().cancelled().await,
-            }
-        };
         tokio::join!(
-            accept(sockets.outbound, &pod, outbound::serve),
+            accept_any(sockets.outbound, &pod, outbound::serve),
             accept(sockets.inbound, &pod, inbound::serve),
-            accept(sockets.plaintext, &pod, plaintext::serve),
-            socks5,
+            accept_any(sockets.plaintext, &pod, plaintext::serve),
+            accept_any(sockets.socks5, &pod, socks5::serve),
             dns::serve(&pod, &pod.shared().config.dns, sockets.dns),
         );
         pod.drain().cancelled().await;
@@ -256,6 +252,18 @@ async fn serve(pod: Pod, sockets: Sockets4, cut: CancellationToken, _running: Ta
             pod.tunnels().retire_all();
             cut_off(&pod).await;
         }
+    }
+}
+
+/// Accepts until the pod drains, where there is something to listen at.
+async fn accept_any<F: Future<Output = ()> + 'static>(
+    listener: Option<std::net::TcpListener>,
+    pod: &Pod,
+    serve: fn(Pod, Accepted) -> F,
+) {
+    match listener {
+        Some(listener) => accept(listener, pod, serve).await,
+        None => pod.drain().cancelled().await,
     }
 }
 

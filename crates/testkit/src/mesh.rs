@@ -19,7 +19,7 @@ use zspire_sys::topology::{self, Topology};
 
 use crate::capture::Recording;
 use crate::host::{Host, Serves};
-use crate::plan::{Mode, NAMESPACE, Plan, PodPlan, SERVICE_PORT, Source};
+use crate::plan::{Mode, NAMESPACE, Plan, PodPlan, SERVICE_PORT, Source, proxy_name};
 use crate::pod::Pod;
 use crate::process::Process;
 use crate::wait::until;
@@ -178,6 +178,13 @@ impl Mesh {
         old
     }
 
+    /// A port of a node's own address, where its proxy runs.
+    #[track_caller]
+    pub fn node_at(&self, node: &str, port: u16) -> SocketAddr {
+        let found = self.nodes.iter().find(|it| it.name == node);
+        (found.unwrap_or_else(|| panic!("the mesh has no node {node}")).address, port).into()
+    }
+
     /// The namespace of a node.
     #[track_caller]
     pub fn node(&self, node: &str) -> &Netns {
@@ -208,7 +215,8 @@ impl Mesh {
         let mut plan = lock(&self.plan);
         change(&mut plan);
         let addresses: Vec<_> = self.pods.iter().map(Pod::addresses).collect();
-        self.write_file(&plan.file(&addresses));
+        let nodes: Vec<_> = self.nodes.iter().map(|node| IpAddr::from(node.address)).collect();
+        self.write_file(&plan.file(&addresses, &nodes));
     }
 
     /// Replaces the mesh file by any text.
@@ -324,6 +332,11 @@ fn node_host(plan: &Plan, node: usize, netns: &Netns, world: &Arc<World>) -> Hos
     for (name, value) in pods().flat_map(|pod| &pod.environment) {
         let before = environment.insert(name.clone(), value.clone());
         assert!(before.is_none_or(|before| before == *value), "two pods of a node want different values of {name}");
+    }
+    if plan.proxies_listed {
+        let name = proxy_name(&plan.nodes[node]);
+        environment.insert("POD_NAMESPACE".into(), NAMESPACE.into());
+        environment.extend(["POD_NAME", "SERVICE_ACCOUNT"].map(|variable| (variable.into(), name.clone())));
     }
     Host {
         name: plan.nodes[node].clone(),

@@ -47,6 +47,8 @@ pub struct Plan {
     pub(crate) policies: Vec<Policy>,
     pub(crate) source: Source,
     pub(crate) control_plane_runs: bool,
+    /// Whether the proxies of nodes are workloads themselves.
+    pub(crate) proxies_listed: bool,
 }
 
 /// A pod that is asked for. Its service account has its name.
@@ -106,6 +108,7 @@ pub fn mesh() -> Plan {
         policies: Vec::new(),
         source: Source::Files,
         control_plane_runs: true,
+        proxies_listed: false,
     }
 }
 
@@ -282,6 +285,11 @@ impl ServicePlan {
     }
 }
 
+/// What the proxy of a node is called where it is a workload itself.
+pub fn proxy_name(node: &str) -> String {
+    format!("proxy-{node}")
+}
+
 /// The hostname of a service.
 pub fn hostname(service: &str) -> String {
     format!("{service}.{NAMESPACE}.svc.cluster.local")
@@ -443,6 +451,12 @@ impl Plan {
         Self { mode: Mode::ByHand, ..self }
     }
 
+    /// The proxies of the nodes are workloads themselves, called as [`proxy_name`] says.
+    #[must_use]
+    pub fn proxies_as_workloads(self) -> Self {
+        Self { proxies_listed: true, ..self }
+    }
+
     /// Certificates and discovery come from a control plane.
     #[must_use]
     pub fn control_plane(self) -> Self {
@@ -461,8 +475,8 @@ impl Plan {
         Mesh::start(self)
     }
 
-    /// The mesh file. `addresses` are the pods', in their order.
-    pub(crate) fn file(&self, addresses: &[Vec<IpAddr>]) -> String {
+    /// The mesh file. `addresses` are the pods', in their order, and `nodes` the nodes'.
+    pub(crate) fn file(&self, addresses: &[Vec<IpAddr>], nodes: &[IpAddr]) -> String {
         let address = |name: &str| {
             let found = self.pods.iter().position(|pod| pod.name == name);
             addresses[found.expect("a waypoint or gateway is a pod of the mesh")][0]
@@ -470,10 +484,16 @@ impl Plan {
         let pods = self.pods.iter().zip(addresses).filter(|(pod, _)| pod.listed);
         let workloads: Vec<Value> = pods
             .map(|(pod, ips)| pod.entry(&self.nodes[pod.node], ips, &self.memberships(&pod.name), address))
+            .chain(self.proxies(nodes))
             .collect();
         let services: Vec<Value> = self.services.iter().map(|service| service.entry(address)).collect();
         let policies: Vec<Value> = self.policies.iter().map(Policy::entry).collect();
         format!("{:#}\n", json!({ "workloads": workloads, "services": services, "policies": policies }))
+    }
+
+    fn proxies(&self, addresses: &[IpAddr]) -> impl Iterator<Item = Value> {
+        let listed = self.nodes.iter().zip(addresses).filter(|_| self.proxies_listed);
+        listed.map(|(node, &at)| captured(&proxy_name(node)).entry(node, &[at], &json!({}), |_| at))
     }
 
     fn memberships(&self, pod: &str) -> Value {

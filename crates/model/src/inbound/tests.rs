@@ -7,8 +7,13 @@ use crate::fixture::{Mesh, With, cidr, entry, gateway, gateway_at, pod, port, se
 use crate::workload::ApplicationProtocol;
 
 fn ask(mesh: &Mesh, local: &Workload, authority: &Authority) -> Result<Inbound, Reject> {
-    let request =
-        InboundRequest { local, local_address: local.addresses[0], authority, settings: &Settings::default() };
+    let request = InboundRequest {
+        local,
+        local_address: local.addresses[0],
+        authority,
+        only: None,
+        settings: &Settings::default(),
+    };
     resolve(&mesh.snapshot(), &request)
 }
 
@@ -232,6 +237,27 @@ fn the_proxys_own_ports_are_refused() {
     }
     let sneaky = service("svc", "10.1.0.1").with(|it| it.ports = vec![port(80, Some(15006))]);
     check("svc.test:80", &server(), &mesh().and(sneaky), &expect!["rejected: port 15006 belongs to the proxy itself"]);
+}
+
+#[test]
+fn of_the_proxy_itself_one_port_is_offered() {
+    let ask = |authority: &str, local: &Workload| {
+        let authority = authority.parse().unwrap();
+        let (local_address, settings) = (local.addresses[0], &Settings::default());
+        let request = InboundRequest { local, local_address, authority: &authority, only: Some(15020), settings };
+        show(&resolve(&mesh().snapshot(), &request))
+    };
+    let own = server().addresses[0];
+    assert_eq!(ask(&format!("{own}:15020"), &server()), format!("{own}:15020"));
+    for port in [22, 15000, 15008] {
+        let refused = format!("rejected: the proxy offers port 15020 to the mesh, not {port}");
+        assert_eq!(ask(&format!("{own}:{port}"), &server()), refused);
+    }
+    // Whatever discovery says of it.
+    let tunnel = ApplicationTunnel { protocol: ApplicationProtocol::None, port: Some(15000) };
+    let sneaky = server().with(|it| it.application_tunnel = Some(tunnel));
+    let refused = "rejected: the proxy offers port 15020 to the mesh, not 15000";
+    assert_eq!(ask(&format!("{own}:15020"), &sneaky), refused);
 }
 
 #[test]

@@ -419,6 +419,19 @@ fn cluster_id(v: &Values) -> String {
         .unwrap_or_else(|| "Kubernetes".to_owned())
 }
 
+impl Config {
+    /// The pod that a shared proxy itself is, if it is told.
+    pub fn own_workload(&self) -> Option<WorkloadName> {
+        let name = WorkloadName {
+            namespace: self.pod_namespace.clone(),
+            name: self.pod_name.clone(),
+            service_account: self.service_account.clone(),
+        };
+        let known = [&name.namespace, &name.name, &name.service_account].iter().all(|part| !part.is_empty());
+        (self.mode == Mode::Shared && known).then_some(name)
+    }
+}
+
 fn mode(v: &Values) -> Result<Mode, Error> {
     match v.get(&opt::PROXY_MODE).unwrap_or("shared") {
         "shared" => Ok(Mode::Shared),

@@ -46,7 +46,7 @@ table! {
         CLUSTER_DOMAIN = "cluster.local": "DNS suffix of the cluster.";
         TRUST_DOMAIN = "cluster.local": "Trust domain of the workload of a dedicated proxy, and of workloads that name none.";
         NODE_NAME = "": "Node that this proxy serves: certificates are prefetched for its workloads.";
-        POD_NAME = "": "Name of the proxy's own pod.";
+        POD_NAME = "": "Name of the proxy's own pod. With `POD_NAMESPACE` and `SERVICE_ACCOUNT` a shared proxy is a workload itself: its metrics can be had through a tunnel (port 15008 of its own namespace), and policies apply to them.";
         POD_NAMESPACE = "": "Namespace of the proxy's own pod.";
         SERVICE_ACCOUNT = "": "Service account of the proxy's own pod.";
         INSTANCE_IP = "1.1.1.1": "Address of the proxy's own pod, part of its node id.";

@@ -192,6 +192,7 @@ impl Launcher for PodLauncher {
             listeners: Listeners { dns: self.settings.dns, ..Listeners::well_known(None, ipv6, self.settings.socks5) },
             place: Some(place),
             overlap: self.settings.overlap,
+            only: None,
         };
         let proxy = Proxy::start(&self.settings.workers, &self.settings.shared, spec)?;
         let check = Check(tokio::spawn(check).abort_handle());

@@ -89,8 +89,9 @@ impl Rig {
         };
         let (local, known) = watch::channel(Known::Here(client()));
         let listeners = Listeners::well_known(None, false, false);
-        let spec = PodSpec { uid: "ns/client".into(), local: known, listeners, place: None, overlap: false };
-        let connecting = Connecting::new(&shared.config, None, 1).unwrap();
+        let spec =
+            PodSpec { uid: "ns/client".into(), local: known, listeners, place: None, overlap: false, only: None };
+        let connecting = Connecting::new(&shared.config, shared.config.original_source, None, 1).unwrap();
         let pod = Pod::new(Arc::new(shared), &spec, connecting, Default::default(), CancellationToken::new());
         tokio::task::spawn_local(async move {
             let config = pod.shared().config.dns.clone();
