@@ -204,12 +204,24 @@ fn peer_whose_certificate_expires_is_cut() {
 /// A client and a server with revocation lists of their own, which name nobody yet.
 fn with_lists() -> (Mesh, Pod, Pod) {
     let listed = |name: &str| captured(name).with("CRL_PATH", &format!("{name}.crl")).not_started();
-    let mesh =
-        mesh().node("a").pod(listed("client")).pod("other").node("b").pod(listed("server")).pod("another").start();
+    let later = |name: &str| captured(name).not_started();
+    let mesh = mesh()
+        .node("a")
+        .pod(listed("client"))
+        .pod(later("other"))
+        .node("b")
+        .pod(listed("server"))
+        .pod(later("another"))
+        .node("c")
+        // With the first proxy there is the CA that signs the lists.
+        .pod("first")
+        .start();
     let (client, server) = (mesh.pod("client"), mesh.pod("server"));
     for pod in [&client, &server] {
         mesh.revoke(&format!("{}.crl", pod.name()), &[]);
-        pod.start();
+    }
+    for pod in [&client, &server, &mesh.pod("other"), &mesh.pod("another")] {
+        mesh.start_pod(pod);
         pod.wait_until_ready();
     }
     (mesh, client, server)

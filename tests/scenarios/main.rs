@@ -35,8 +35,12 @@ mod shared {
     mod closing;
     #[path = "control.rs"]
     mod control;
+    #[path = "cutting.rs"]
+    mod cutting;
     #[path = "drain.rs"]
     mod drain;
+    #[path = "names.rs"]
+    mod names;
     #[path = "paths.rs"]
     mod paths;
     #[path = "peers.rs"]
@@ -45,6 +49,8 @@ mod shared {
     mod policy;
     #[path = "ports.rs"]
     mod ports;
+    #[path = "retrying.rs"]
+    mod retrying;
     #[path = "settings.rs"]
     mod settings;
     #[path = "socks5.rs"]
@@ -53,6 +59,8 @@ mod shared {
     mod surviving;
     #[path = "telling.rs"]
     mod telling;
+    #[path = "waypoints.rs"]
+    mod waypoints;
     #[path = "wire.rs"]
     mod wire;
 }

@@ -4,8 +4,8 @@ use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use zspire_testkit::plan::hostname;
-use zspire_testkit::{Pod, mesh};
+use zspire_testkit::plan::{captured, hostname};
+use zspire_testkit::{Pod, mesh, uncaptured};
 
 use crate::scenario;
 
@@ -102,5 +102,35 @@ fn names_that_nobody_knows_are_answered_in_time() {
         let answer = over_udp(&client, server.at(53), &query("nobody.invalid", A));
         assert_eq!((answer.code, answer.answers), (2, 0), "SERVFAIL");
         assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    });
+}
+
+#[test]
+fn names_of_an_enrolled_pod_are_captured_where_that_is_wanted() {
+    scenario(|| {
+        let mesh = mesh()
+            .shared()
+            .node("a")
+            .pod(captured("client").with("AMBIENT_DNS_CAPTURE", "true"))
+            .node("b")
+            .pod("server")
+            .pod(uncaptured("resolver"))
+            .service("api", &["server"])
+            .start();
+        let (client, resolver) = (mesh.pod("client"), mesh.pod("resolver"));
+        let SocketAddr::V4(vip) = mesh.service("api") else { panic!("a service has an IPv4 address") };
+        let ask = |pod: &Pod| over_udp(pod, resolver.at(53), &query(&hostname("api"), A));
+        assert_eq!(ask(&client), Said { code: 0, answers: 1, authorities: 0, last: *vip.ip() });
+        assert_eq!(over_tcp(&client, resolver.at(53), &query(&hostname("api"), A)).last, *vip.ip());
+        // From then on it asks whom it wants to ask.
+        let output = mesh.agent_command("a", &["unenroll", "test/client"]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let own = resolver.run(|| UdpSocket::bind((resolver.address(), 53))).unwrap();
+        own.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.run(|| {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket.send_to(&query(&hostname("api"), A), resolver.at(53)).unwrap();
+        });
+        assert_eq!(own.recv_from(&mut [0; 512]).unwrap().1.ip(), client.address());
     });
 }

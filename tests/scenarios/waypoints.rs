@@ -3,7 +3,7 @@
 
 use std::io::Read as _;
 
-use zspire_testkit::plan::{PodPlan, Reference, captured, hostname};
+use zspire_testkit::plan::{Plan, PodPlan, Reference, captured, hostname};
 use zspire_testkit::{Gateway, Mesh, Pod, hear, mesh, say, uncaptured};
 
 use crate::scenario;
@@ -80,7 +80,7 @@ fn service_behind_a_waypoint_that_is_named_by_its_hostname() {
 }
 
 /// A service behind a waypoint that the mesh knows by a hostname alone.
-fn behind_a_hostname(client: PodPlan) -> Mesh {
+fn behind_a_hostname(client: PodPlan) -> Plan {
     mesh()
         .node("a")
         .pod(client)
@@ -89,13 +89,13 @@ fn behind_a_hostname(client: PodPlan) -> Mesh {
         .pod(captured("waypoint").known_by_hostname("waypoint.test").taking_bare_tunnels(TUNNEL))
         .service("api", &["server"])
         .behind_named(Reference::Hostname("waypoint.test".into()))
-        .start()
 }
 
 #[test]
 fn service_behind_a_waypoint_that_is_named_by_a_workloads_hostname() {
     scenario(|| {
-        let mesh = behind_a_hostname(captured("client").resolving_pods());
+        // A node's proxy does not serve a pod that has no address to be known by.
+        let mesh = behind_a_hostname(captured("client").resolving_pods()).dedicated().start();
         let (client, waypoint) = (mesh.pod("client"), mesh.pod("waypoint"));
         // The waypoint's own proxy finds its workload by name, and takes a tunnel to whatever address it was reached at.
         let app = waypoint.listen_at(TUNNEL);
@@ -115,7 +115,7 @@ fn service_behind_a_waypoint_that_is_named_by_a_workloads_hostname() {
 #[test]
 fn waypoint_that_cannot_be_resolved_is_not_passed_by() {
     scenario(|| {
-        let mesh = behind_a_hostname(captured("client"));
+        let mesh = behind_a_hostname(captured("client")).start();
         let (client, app) = (mesh.pod("client"), mesh.pod("server").listen());
         client.is_refused(mesh.service("api"));
         client.refusal("outbound", "cannot resolve waypoint.test");

@@ -36,6 +36,7 @@ pub(crate) struct Host {
     pub(crate) node: String,
     pub(crate) serves: Serves,
     pub(crate) netns: Netns,
+    /// Variables of the proxy, and of the node's agent.
     pub(crate) environment: BTreeMap<String, String>,
     pub(crate) descriptors: Option<u32>,
     pub(crate) hosts: bool,
@@ -134,7 +135,8 @@ impl Host {
             .env("INPOD_UDS", self.zds())
             .env("ZSPIRE_AGENT_SOCKET", self.folder().join(format!("{}.agent", self.name)))
             .env("ZSPIRE_AGENT_STATE_DIR", self.folder().join(format!("{}.enrolled", self.name)))
-            .env("LOG_FORMAT", "json");
+            .env("LOG_FORMAT", "json")
+            .envs(&self.environment);
         in_netns(&self.netns, command)
     }
 

@@ -119,6 +119,15 @@ impl Mesh {
         }
     }
 
+    /// Has a pod served that was not from the start: starts its proxy, or enrols it at its node's.
+    #[track_caller]
+    pub fn start_pod(&self, pod: &Pod) {
+        match self.is_shared() {
+            true => self.enroll(pod),
+            false => pod.start(),
+        }
+    }
+
     /// Enrols a pod at the agent of its node.
     #[track_caller]
     pub fn enroll(&self, pod: &Pod) {
@@ -345,7 +354,7 @@ fn node_host(plan: &Plan, node: usize, netns: &Netns, world: &Arc<World>) -> Hos
         netns: netns.clone(),
         environment,
         descriptors: pods().find_map(|pod| pod.descriptors),
-        hosts: false,
+        hosts: pods().any(|pod| pod.hosts),
         world: world.clone(),
         generation: AtomicU16::new(0),
         proxy: Mutex::default(),
