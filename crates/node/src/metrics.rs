@@ -404,6 +404,9 @@ pub async fn prune(shared: Arc<zspire_proxy::Shared>, grace: Duration, stop: Can
             let known: HashSet<(&str, &str)> =
                 snapshot.workloads().map(|workload| (&*workload.namespace, &*workload.workload_name)).collect();
             shared.metrics.prune(|namespace, workload| known.contains(&(namespace, workload)));
+            let clients: HashSet<(&str, &str)> =
+                snapshot.workloads().map(|it| (&*it.canonical_name, &*it.canonical_revision)).collect();
+            shared.metrics.prune_names(|service, revision| clients.contains(&(service, revision)));
         });
         // What panicked has said so.
         let _ = done.await;

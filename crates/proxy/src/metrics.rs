@@ -330,6 +330,11 @@ impl Metrics {
         });
     }
 
+    /// The same for the series of DNS, whose clients are known by canonical service and revision.
+    pub fn prune_names(&self, is_known: impl Fn(&str, &str) -> bool) {
+        self.0.dns.prune(is_known);
+    }
+
     /// Counts a captured socket until the returned value is dropped.
     pub fn socket(&self, reporter: Reporter) -> OpenSocket {
         self.0.sockets[reporter as usize].fetch_add(1, Relaxed);

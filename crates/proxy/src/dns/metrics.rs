@@ -1,5 +1,7 @@
 //! What DNS counts: upstream's series with upstream's labels.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hickory_proto::rr::RecordType;
@@ -10,6 +12,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use zspire_model::Workload;
 
+/// What stands for a name that is empty.
+const UNKNOWN: &str = "unknown";
 const BUCKETS: [f64; 6] = [0.0005, 0.001, 0.01, 0.1, 1.0, 5.0];
 
 /// Counters of all pods. Clones are the same.
@@ -19,6 +23,8 @@ pub(crate) struct Metrics {
     upstream_requests: Family<Labels, Counter>,
     upstream_failures: Family<Labels, Counter>,
     upstream_duration: Family<Labels, Histogram, fn() -> Histogram>,
+    /// The label sets in use, and whether the next look drops them.
+    known: Arc<Mutex<HashMap<Labels, bool>>>,
 }
 
 /// Who asks what, over what.
@@ -44,13 +50,14 @@ impl Default for Metrics {
             upstream_requests: Family::default(),
             upstream_failures: Family::default(),
             upstream_duration: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
+            known: Arc::default(),
         }
     }
 }
 
 impl Labels {
     pub(crate) fn new(kind: RecordType, transport: Transport, client: Option<&Workload>) -> Self {
-        let text = |text: Option<&str>| text.filter(|text| !text.is_empty()).unwrap_or("unknown").to_owned();
+        let text = |text: Option<&str>| text.filter(|text| !text.is_empty()).unwrap_or(UNKNOWN).to_owned();
         Self {
             request_query_type: word(kind),
             request_protocol: if transport == Transport::Udp { "udp" } else { "tcp" },
@@ -91,15 +98,80 @@ impl Metrics {
     }
 
     pub(crate) fn asked(&self, labels: &Labels) {
+        self.keep(labels);
         self.requests.get_or_create(labels).inc();
+    }
+
+    /// Drops the series of clients that `is_known` does not know by canonical service and revision, nor did when this was called
+    /// before.
+    pub(crate) fn prune(&self, is_known: impl Fn(&str, &str) -> bool) {
+        self.known().retain(|labels, doomed| {
+            let name = |shown| if shown == UNKNOWN { "" } else { shown };
+            let wanted = is_known(name(&labels.source_canonical_service), name(&labels.source_canonical_revision));
+            let keep = !std::mem::replace(doomed, !wanted) || wanted;
+            if !keep {
+                self.requests.remove(labels);
+                self.upstream_requests.remove(labels);
+                self.upstream_failures.remove(labels);
+                self.upstream_duration.remove(labels);
+            }
+            keep
+        });
+    }
+
+    /// What is not in the table has no series.
+    fn keep(&self, labels: &Labels) {
+        let mut known = self.known();
+        match known.get_mut(labels) {
+            Some(doomed) => *doomed = false,
+            None => drop(known.insert(labels.clone(), false)),
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<Labels, bool>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A query was forwarded, and how long that took; `failed` if nobody answered.
     pub(crate) fn forwarded(&self, labels: &Labels, took: Duration, failed: bool) {
+        self.keep(labels);
         self.upstream_requests.get_or_create(labels).inc();
         self.upstream_duration.get_or_create(labels).observe(took.as_secs_f64());
         if failed {
             self.upstream_failures.get_or_create(labels).inc();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn series_of_clients_that_are_gone_are_dropped_after_a_while() {
+        let metrics = Metrics::default();
+        let client = |name: &str| Workload { canonical_name: name.into(), ..Workload::default() };
+        for name in ["web", "gone"] {
+            let labels = Labels::new(RecordType::A, Transport::Udp, Some(&client(name)));
+            metrics.asked(&labels);
+            metrics.forwarded(&labels, Duration::from_millis(1), true);
+        }
+        let shown = |name: &str| {
+            let mut registry = Registry::default();
+            metrics.register(&mut registry);
+            let mut text = String::new();
+            prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+            text.matches(&format!("source_canonical_service=\"{name}\"")).count()
+        };
+        let all = shown("gone");
+        assert!(all > 3);
+        let known = |service: &str, _: &str| service == "web";
+        metrics.prune(known);
+        assert_eq!(shown("gone"), all, "it may be asked for once more");
+        metrics.asked(&Labels::new(RecordType::A, Transport::Udp, Some(&client("gone"))));
+        metrics.prune(known);
+        assert_eq!(shown("gone"), all);
+        metrics.prune(known);
+        assert_eq!((shown("gone"), shown("web")), (0, all));
     }
 }
