@@ -105,6 +105,28 @@ fn new_proxy_takes_over_without_a_refusal_or_a_cut() {
 }
 
 #[test]
+fn where_ports_are_not_shared_the_old_proxy_serves_until_it_ends() {
+    scenario(|| {
+        let alone = |name| captured(name).with("INPOD_PORT_REUSE", "false");
+        let mesh = mesh().shared().node("a").pod(alone("client")).node("b").pod("server").start();
+        let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+        let _app = server.greet();
+        client.reaches(server.app());
+        let mut old = mesh.begin_succession("a");
+        // From now on these are questions to the new one.
+        until("the new proxy to say what it waits for", || match client.readiness() {
+            Err(why) if why.contains("another proxy serves this namespace already") => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+        client.reaches(server.app());
+        old.terminate();
+        assert_eq!(old.ended().code(), Some(0));
+        client.wait_until_ready();
+        client.reaches(server.app());
+    });
+}
+
+#[test]
 fn of_two_proxies_the_newest_serves_who_is_enrolled_and_both_let_go() {
     scenario(|| {
         let not_yet = captured("late").not_started();

@@ -181,7 +181,7 @@ impl Mesh {
     /// Starts another proxy on a node; the one before, which runs on, is returned when the new one is ready.
     #[track_caller]
     pub fn start_successor(&self, node: &str) -> Process {
-        let old = self.host(node).start_successor();
+        let old = self.begin_succession(node);
         let served = self.pods.iter().find(|pod| pod.host().name == node).expect("the node has a pod");
         served.wait_until_ready();
         old
@@ -192,6 +192,12 @@ impl Mesh {
     pub fn node_at(&self, node: &str, port: u16) -> SocketAddr {
         let found = self.nodes.iter().find(|it| it.name == node);
         (found.unwrap_or_else(|| panic!("the mesh has no node {node}")).address, port).into()
+    }
+
+    /// The same, without waiting for the new one.
+    #[track_caller]
+    pub fn begin_succession(&self, node: &str) -> Process {
+        self.host(node).start_successor()
     }
 
     /// The namespace of a node.
