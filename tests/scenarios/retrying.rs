@@ -83,8 +83,9 @@ fn peer_that_is_somebody_else_is_passed_over() {
         // It lets every handshake run into its time-out: not more of them than it takes.
         zspire_testkit::until("the impostor to be chosen first", || {
             assert_eq!(client.reaches(mesh.service("api")).by, "good");
-            let passed_over = client.proxy(|proxy| proxy.log().contains("another one is tried"));
-            if passed_over { Ok(()) } else { Err("not yet") }
+            let log = client.proxy(|proxy| proxy.log());
+            let passed_over = |line: &str| line.contains("another one is tried") && line.contains("TLS handshake");
+            if log.lines().any(passed_over) { Ok(()) } else { Err("not yet") }
         });
         client.access("outbound", was_retried);
     });
