@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use zspire_testkit::policy::deny_from;
-use zspire_testkit::{Mesh, Pod, mesh, uncaptured};
+use zspire_testkit::{Mesh, Pod, mesh, uncaptured, until};
 
 use crate::scenario;
 
@@ -70,18 +70,22 @@ fn proxy_that_is_not_there_is_passed_over() {
 #[test]
 fn peer_that_is_somebody_else_is_passed_over() {
     scenario(|| {
-        let (mesh, client, good, bad) = two_endpoints();
-        let _apps = (good.greet(), bad.greet());
-        bad.proxy(|proxy| proxy.kill());
-        // Whatever answers there now is not the workload.
+        let mesh = mesh()
+            .node("a")
+            .pod("client")
+            .pod("good")
+            .node("b")
+            .pod(uncaptured("bad").taking_tunnels_itself())
+            .service("api", &["good", "bad"])
+            .start();
+        let (client, good, bad) = (mesh.pod("client"), mesh.pod("good"), mesh.pod("bad"));
+        let _app = good.greet();
+        // Whatever answers there is not the workload.
         let mut impostor =
             bad.command("openssl", &["s_server", "-accept", "15008", "-nocert", "-psk", "0102", "-alpn", "h2"]);
-        let _impostor = mesh.process_of("impostor", {
-            impostor.stdin(std::process::Stdio::null());
-            impostor
-        });
-        // It lets every handshake run into its time-out: not more of them than it takes.
-        zspire_testkit::until("the impostor to be chosen first", || {
+        impostor.stdin(std::process::Stdio::null());
+        let _impostor = mesh.process_of("impostor", impostor);
+        until("the impostor to be chosen first", || {
             assert_eq!(client.reaches(mesh.service("api")).by, "good");
             let log = client.proxy(|proxy| proxy.log());
             let passed_over = |line: &str| line.contains("another one is tried") && line.contains("TLS handshake");
@@ -127,7 +131,7 @@ fn denial_is_an_answer() {
             plan.select("bad", &policy);
         });
         // The first that fails may be one that was allowed and is cut.
-        zspire_testkit::until("a denial", || match client.ask(mesh.service("api")) {
+        until("a denial", || match client.ask(mesh.service("api")) {
             Err(_) if client.proxy(|proxy| proxy.log().contains("401")) => Ok(()),
             other => Err(format!("{other:?}")),
         });
@@ -157,7 +161,7 @@ fn endpoint_that_says_nothing_is_given_up() {
                      add rule inet silence in tcp dport 15008 drop";
         let silenced = bad.command("nft", &[rules]).output().unwrap();
         assert!(silenced.status.success(), "{}", String::from_utf8_lossy(&silenced.stderr));
-        zspire_testkit::until("the silent one to be chosen first", || {
+        until("the silent one to be chosen first", || {
             let began = Instant::now();
             assert_eq!(client.reaches(mesh.service("api")).by, "good");
             match began.elapsed() {
