@@ -123,7 +123,9 @@ fn denial_is_an_answer() {
             let page = client.metrics();
             page.lines().filter(|line| line.starts_with("zspire_upstream_retries_total")).map(str::to_owned).collect()
         };
-        (client.reaches(good.app()), client.reaches(bad.app()));
+        for pod in [&good, &bad] {
+            client.reaches(pod.app());
+        }
         let before: Vec<String> = retries();
         let policy = deny_from("client").for_selected();
         mesh.edit(|plan| {
