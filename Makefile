@@ -4,10 +4,10 @@ SHELL := /bin/bash
 CACHE := $(or $(ZSPIRE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/zspire)
 export PATH := $(PATH):/usr/sbin:/sbin:$(CACHE)/tools-1/bin
 
-.PHONY: help demo test soak check bench fuzz docs clean
+.PHONY: help demo test test-spire soak check bench fuzz docs clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
 
 demo: ## bring up a mesh on this machine and send traffic through it (ARGS="--once --json")
 	@scripts/install demo
@@ -18,6 +18,11 @@ test: ## run every test that a change must pass
 	@scripts/install test
 	cargo build --locked -p zspire
 	cargo nextest run --locked --workspace $(ARGS)
+
+test-spire: ## run the tests against a real SPIRE, which is built first, once (Go or Python, and as root)
+	@scripts/install spire
+	cargo build --locked -p zspire
+	cargo nextest run --locked --workspace --profile spire $(ARGS)
 
 soak: ## the long forms of two tests: 100 handovers under load, pods that come and go for two minutes
 	@scripts/install test

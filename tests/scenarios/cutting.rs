@@ -1,42 +1,13 @@
 //! Live connections that end because something they rest on is no longer so: exactly those, both ends told, with the reason.
 
-use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use zspire_testkit::plan::captured;
 use zspire_testkit::policy::{allow_from, deny_from};
-use zspire_testkit::{Ending, Listener, Mesh, Peer, Pod, ending, hear, mesh, say, uncaptured};
+use zspire_testkit::{Ending, Listener, Mesh, Peer, Pod, mesh, uncaptured};
 
 use crate::scenario;
-
-/// A live connection: its client's end and its server's.
-struct Live {
-    client: TcpStream,
-    served: TcpStream,
-}
-
-fn connect(from: &Pod, to: &Pod, app: &Listener) -> Live {
-    let client = from.open(to.app());
-    let live = Live { client, served: app.accept() };
-    live.goes_on();
-    live
-}
-
-impl Live {
-    #[track_caller]
-    fn goes_on(&self) {
-        say(&self.client, "question");
-        hear(&self.served, "question");
-        say(&self.served, "answer");
-        hear(&self.client, "answer");
-    }
-
-    #[track_caller]
-    fn is_cut(&self) {
-        assert_eq!((ending(&self.client), ending(&self.served)), (Ending::Reset, Ending::Reset));
-    }
-}
+use crate::traffic::{Live, connect, seconds_between, told};
 
 /// Three clients of one server: two in the mesh, one outside.
 fn three() -> (Mesh, Pod) {
@@ -56,17 +27,6 @@ fn three() -> (Mesh, Pod) {
 
 fn connect_all(mesh: &Mesh, server: &Pod, app: &Listener) -> [Live; 3] {
     ["one", "other", "stranger"].map(|name| connect(&mesh.pod(name), server, app))
-}
-
-/// Waits for the reason of an end, in the access log and in the metric.
-#[track_caller]
-fn told(pod: &Pod, direction: &str, why: &str, flag: &str, reason: &str) -> Value {
-    let line = pod.refusal(direction, why);
-    let reporter = if direction == "inbound" { "destination" } else { "source" };
-    let reporter = format!("reporter=\"{reporter}\"");
-    pod.metric(&["istio_tcp_connections_closed_total", &reporter, &format!("response_flags=\"{flag}\"")]);
-    pod.metric(&["zspire_connections_cut_total", &reporter, &format!("reason=\"{reason}\"")]);
-    line
 }
 
 #[test]
@@ -107,13 +67,8 @@ fn policy_cuts_within_a_tenth_of_a_second_of_its_receipt() {
         let read = server.proxy(|proxy| {
             proxy.line("the new mesh file", |line| line["message"].as_str() == Some("mesh file read again"))
         });
-        // Both times are of the same process, to the microsecond, and the line about the file comes before it is applied.
-        let time = |line: &Value| {
-            let text = line["time"].as_str().unwrap();
-            let seconds: f64 = text[17..text.len() - 1].parse().unwrap();
-            text[14..16].parse::<f64>().unwrap() * 60.0 + seconds
-        };
-        let took = (time(&cut) - time(&read)).rem_euclid(3600.0);
+        // The line about the file comes before it is applied.
+        let took = seconds_between(&read, &cut);
         assert!(took < 0.1, "{took} s");
     });
 }

@@ -2,59 +2,19 @@
 //!
 //! `make soak` asks for more of both than a change has to pass.
 
-use std::io::{Read as _, Write as _};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use zspire_testkit::app::{finish, greeting};
+use zspire_testkit::app::finish;
 use zspire_testkit::plan::captured;
 use zspire_testkit::zds::Agent;
 use zspire_testkit::{Ending, Pod, ending, hear, mesh, say, until};
 
 use crate::scenario;
+use crate::traffic::Load;
 
 /// How much more than usual is asked for.
 fn soak(name: &str, usual: usize) -> usize {
     std::env::var(name).ok().and_then(|asked| asked.parse().ok()).unwrap_or(usual)
-}
-
-/// Connections one after the other, each greeted and then asked to send something back, until told to stop.
-struct Load<'a> {
-    client: &'a Pod,
-    server: &'a Pod,
-    stop: AtomicBool,
-    served: AtomicUsize,
-    failed: Mutex<Vec<String>>,
-}
-
-impl Load<'_> {
-    fn run(&self) {
-        while !self.stop.load(Relaxed) {
-            match self.one() {
-                Ok(()) => drop(self.served.fetch_add(1, Relaxed)),
-                Err(error) => self.failed.lock().unwrap().push(format!("after {}: {error}", self.served.load(Relaxed))),
-            }
-        }
-    }
-
-    fn one(&self) -> std::io::Result<()> {
-        let mut socket = self.client.connect(self.server.app())?;
-        greeting(&socket)?;
-        socket.write_all(b"and back")?;
-        let mut back = [0; 8];
-        socket.read_exact(&mut back)
-    }
-
-    /// Waits until so many more connections were served.
-    #[track_caller]
-    fn more(&self, count: usize) {
-        let before = self.served.load(Relaxed);
-        until("connections to be served", || match self.served.load(Relaxed) {
-            now if now >= before + count => Ok(()),
-            now => Err(format!("{} of {count}; failures: {:?}", now - before, self.failed.lock().unwrap())),
-        });
-    }
 }
 
 #[test]
@@ -65,15 +25,8 @@ fn new_proxy_takes_over_without_a_refusal_or_a_cut() {
         let (client, server) = (mesh.pod("client"), mesh.pod("server"));
         let _app = server.greet();
         let app = server.listen_at(8081);
-        let load = Load {
-            client: &client,
-            server: &server,
-            stop: AtomicBool::new(false),
-            served: AtomicUsize::new(0),
-            failed: Mutex::default(),
-        };
-        std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..3).map(|_| scope.spawn(|| load.run())).collect();
+        let load = Load::new(&client, &server);
+        load.during(3, || {
             for round in 0..soak("ZSPIRE_SOAK_HANDOVERS", 10) {
                 let node = if round % 2 == 0 { "a" } else { "b" };
                 load.more(20);
@@ -95,12 +48,9 @@ fn new_proxy_takes_over_without_a_refusal_or_a_cut() {
                 assert_eq!(ending(&long_served), Ending::Orderly);
                 drop((long, long_served));
                 assert_eq!(old.ended().code(), Some(0));
-                assert_eq!(*load.failed.lock().unwrap(), Vec::<String>::new(), "in round {round}");
+                assert_eq!(load.failures(), Vec::<String>::new(), "in round {round}");
             }
-            load.stop.store(true, Relaxed);
-            workers.into_iter().for_each(|worker| worker.join().unwrap());
         });
-        assert_eq!(*load.failed.lock().unwrap(), Vec::<String>::new());
     });
 }
 
@@ -176,13 +126,7 @@ fn pods_that_come_and_go_leave_nothing_behind() {
         let passing: Vec<Pod> = names.iter().map(|name| mesh.pod(name)).collect();
         let _app = server.greet();
         let _apps: Vec<_> = passing.iter().map(Pod::greet).collect();
-        let load = Load {
-            client: &client,
-            server: &server,
-            stop: AtomicBool::new(false),
-            served: AtomicUsize::new(0),
-            failed: Mutex::default(),
-        };
+        let load = Load::new(&client, &server);
         let come_and_go = |pod: &Pod| {
             assert_eq!(proxy.add(pod.name(), pod), "");
             client.reaches(pod.app());
@@ -208,8 +152,7 @@ fn pods_that_come_and_go_leave_nothing_behind() {
         };
         // What is made once is made before: buffers, threads, series of metrics.
         passing.iter().for_each(come_and_go);
-        std::thread::scope(|scope| {
-            let worker = scope.spawn(|| load.run());
+        load.during(1, || {
             let before = quiet(None) + 16;
             let memory = client.proxy(|proxy| proxy.memory());
             let time = Duration::from_secs(soak("ZSPIRE_SOAK_CHURN", 10) as u64);
@@ -223,13 +166,11 @@ fn pods_that_come_and_go_leave_nothing_behind() {
             }
             let reached = f64::from(count) / started.elapsed().as_secs_f64() * 60.0;
             assert!(reached > f64::from(PACE) * 0.5, "only {reached:.0} pods a minute");
-            load.stop.store(true, Relaxed);
-            worker.join().unwrap();
+            load.end();
             quiet(Some(before));
             let after = client.proxy(|proxy| proxy.memory());
             assert!(after < memory + MORE_MEMORY, "{memory} kB, then {after} kB after {count} pods");
         });
-        assert_eq!(*load.failed.lock().unwrap(), Vec::<String>::new());
         assert_eq!(client.readiness(), Ok(()));
     });
 }

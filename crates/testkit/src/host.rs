@@ -13,6 +13,7 @@ use zspire_sys::process::in_netns;
 use crate::mesh::{World, lock};
 use crate::plan::{NAMESPACE, Source};
 use crate::process::Process;
+use crate::spire;
 use crate::wait::until;
 
 /// Where a proxy shows itself on loopback.
@@ -100,6 +101,13 @@ impl Host {
                     .env("XDS_ADDRESS", &address)
                     .env("ZSPIRE_JOIN_TOKEN", self.folder().join(format!("{}.token", self.name)))
                     .env("ZSPIRE_STATE_DIR", self.folder().join(format!("{}.state", self.name)));
+            }
+            Source::Spire { way, .. } => {
+                command.env("LOCAL_XDS_PATH", self.folder().join("mesh.json")).envs(spire::environment(
+                    way,
+                    self.folder(),
+                    &self.node,
+                ));
             }
         }
         for (name, port) in [("ADMIN", ADMIN), ("STATS", STATS), ("READINESS", READINESS)] {

@@ -14,6 +14,7 @@ pub mod capture;
 pub mod discovery;
 pub mod gateway;
 mod host;
+pub mod http;
 pub mod mesh;
 pub mod peer;
 pub mod plan;
@@ -22,6 +23,7 @@ pub mod policy;
 pub mod process;
 pub mod revocation;
 pub mod scenario;
+pub mod spire;
 pub mod wait;
 pub mod zds;
 

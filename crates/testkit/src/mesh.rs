@@ -22,6 +22,7 @@ use crate::host::{Host, Serves};
 use crate::plan::{Mode, NAMESPACE, Plan, PodPlan, SERVICE_PORT, Source, proxy_name};
 use crate::pod::Pod;
 use crate::process::Process;
+use crate::spire::{self, Spire, Way};
 use crate::wait::until;
 
 /// Names the program to test, in place of the one beside the tests.
@@ -46,6 +47,7 @@ pub struct Mesh {
     // First: processes end before what they run in.
     control_plane: Mutex<Option<Process>>,
     enrolling: Mutex<Vec<Process>>,
+    spire: Option<Spire>,
     pods: Vec<Pod>,
     plan: Mutex<Plan>,
     world: Arc<World>,
@@ -73,8 +75,12 @@ impl Mesh {
             pods.push(Pod::new(pod.clone(), place, &host));
         }
         let control_plane_runs = plan.control_plane_runs;
+        let spire = match plan.source {
+            Source::Spire { way, lifetime } => Some(start_spire(&plan, way, lifetime, &nodes, &topology, &world)),
+            Source::Files | Source::ControlPlane => None,
+        };
         let (control_plane, enrolling, plan) = (Mutex::default(), Mutex::default(), Mutex::new(plan));
-        let mesh = Self { control_plane, enrolling, pods, plan, world, hosts, nodes, topology };
+        let mesh = Self { control_plane, enrolling, spire, pods, plan, world, hosts, nodes, topology };
         mesh.edit(|_| {});
         let host = |pod: &Pod| format!("{} {}.test\n", pod.address(), pod.name());
         let hosts: String = mesh.pods.iter().map(host).collect();
@@ -85,6 +91,9 @@ impl Mesh {
             if !control_plane_runs {
                 mesh.stop_control_plane();
             }
+        }
+        if let Some(spire) = &mesh.spire {
+            mesh.pods.iter().filter(|pod| pod.plan().captured).for_each(|pod| spire.bring(pod, pod.plan().registered));
         }
         mesh.start_proxies(control_plane_runs);
         mesh
@@ -137,10 +146,20 @@ impl Mesh {
 
     /// The command that enrols a pod.
     pub fn enroll_command(&self, pod: &Pod) -> Command {
-        let netns = format!("/proc/{}/fd/{}", std::process::id(), pod.netns().as_fd().as_raw_fd());
-        let arguments = ["enroll", "--netns", &netns, "--name", pod.name(), "--namespace", NAMESPACE];
-        let arguments = [&arguments[..], &["--service-account", pod.name()]].concat();
-        pod.host().agent_command(&arguments)
+        let place = self.spire.as_ref().and_then(|spire| spire.place(pod));
+        let netns = || format!("/proc/{}/fd/{}", std::process::id(), pod.netns().as_fd().as_raw_fd());
+        let (by, place) = place.unwrap_or_else(|| ("--netns", netns()));
+        let arguments = ["enroll", by, &place, "--name", pod.name(), "--namespace", NAMESPACE];
+        let (account, uid) = (["--service-account", pod.name()], pod.uid());
+        // Otherwise the agent makes one up from the name.
+        let uid = if self.spire.is_some() { &["--uid", &*uid][..] } else { &[] };
+        pod.host().agent_command(&[&arguments[..], &account, uid].concat())
+    }
+
+    /// The SPIRE that identities come from.
+    #[track_caller]
+    pub fn spire(&self) -> &Spire {
+        self.spire.as_ref().expect("the mesh was asked for with a SPIRE")
     }
 
     /// Whether a proxy serves all pods of its node.
@@ -322,6 +341,26 @@ impl Mesh {
             fs::write(self.path(&format!("{}.token", host.name)), token).expect("the test's own folder");
         }
     }
+}
+
+/// Starts a SPIRE around the nodes.
+#[track_caller]
+fn start_spire(
+    plan: &Plan,
+    way: Way,
+    lifetime: u32,
+    nodes: &[topology::Node],
+    topology: &Topology,
+    world: &World,
+) -> Spire {
+    let node = |(n, node): (usize, &'_ topology::Node)| spire::Node {
+        name: node.name.clone(),
+        netns: node.netns.clone(),
+        trust_domain: plan.trust_domain_of(n).to_owned(),
+    };
+    let nodes: Vec<_> = nodes.iter().enumerate().map(node).collect();
+    let uplink = (topology.uplink(), topology.uplink_address());
+    Spire::start(way, lifetime, world.folder.path(), uplink, &nodes)
 }
 
 fn pod_host(plan: &Plan, pod: &PodPlan, netns: &Netns, world: &Arc<World>) -> Host {

@@ -9,9 +9,12 @@ use serde_json::{Value, json};
 
 use crate::mesh::Mesh;
 use crate::policy::Policy;
+use crate::spire::Way;
 
 /// The namespace of everything in a mesh.
 pub const NAMESPACE: &str = "test";
+/// The trust domain of a pod unless a test says otherwise.
+pub const TRUST_DOMAIN: &str = "cluster.local";
 /// The port of every service; its endpoints serve at [`APPLICATION_PORT`].
 pub const SERVICE_PORT: u16 = 80;
 /// Where applications listen unless a test says otherwise.
@@ -24,6 +27,13 @@ pub enum Source {
     Files,
     /// A control plane, which each proxy joins with a token of its own.
     ControlPlane,
+    /// A SPIRE, and the mesh as a file.
+    Spire {
+        /// How it is asked.
+        way: Way,
+        /// How long pods' SVIDs are good for, in seconds.
+        lifetime: u32,
+    },
 }
 
 /// Who serves pods.
@@ -59,6 +69,7 @@ pub struct PodPlan {
     pub(crate) captured: bool,
     pub(crate) dual_stack: bool,
     pub(crate) started: bool,
+    pub(crate) registered: bool,
     pub(crate) listed: bool,
     pub(crate) trust_domain: String,
     pub(crate) environment: BTreeMap<String, String>,
@@ -120,8 +131,9 @@ pub fn captured(name: &str) -> PodPlan {
         captured: true,
         dual_stack: false,
         started: true,
+        registered: true,
         listed: true,
-        trust_domain: "cluster.local".into(),
+        trust_domain: TRUST_DOMAIN.into(),
         environment: BTreeMap::new(),
         descriptors: None,
         hosts: false,
@@ -157,6 +169,12 @@ impl PodPlan {
     #[must_use]
     pub fn not_started(self) -> Self {
         Self { started: false, ..self }
+    }
+
+    /// Nobody has registered it with SPIRE.
+    #[must_use]
+    pub fn unregistered(self) -> Self {
+        Self { registered: false, ..self }
     }
 
     /// Belongs to another trust domain.
@@ -467,6 +485,28 @@ impl Plan {
     #[must_use]
     pub fn control_plane_down(self) -> Self {
         Self { control_plane_runs: false, ..self.control_plane() }
+    }
+
+    /// Certificates come from a SPIRE with a server for each trust domain and an agent on each node; one proxy on each node,
+    /// except where a proxy asks for itself.
+    #[must_use]
+    pub fn spire(self, way: Way) -> Self {
+        let mode = if way == Way::Own { Mode::Dedicated } else { Mode::Shared };
+        Self { mode, source: Source::Spire { way, lifetime: 300 }, ..self }
+    }
+
+    /// SVIDs of pods are good for so many seconds.
+    #[must_use]
+    pub fn svids_for(mut self, seconds: u32) -> Self {
+        let Source::Spire { lifetime, .. } = &mut self.source else { panic!("SVIDs come from SPIRE") };
+        *lifetime = seconds;
+        self
+    }
+
+    /// The trust domain of a node's pods.
+    pub(crate) fn trust_domain_of(&self, node: usize) -> &str {
+        let pod = self.pods.iter().find(|pod| pod.node == node);
+        pod.map_or(TRUST_DOMAIN, |pod| &pod.trust_domain)
     }
 
     /// Builds the network and starts what was asked for; returns when all of it is ready.

@@ -1,6 +1,6 @@
 //! A pod of a running mesh: its applications, its proxy, and what that proxy tells.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::{Command, ExitStatus, Output};
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use zspire_sys::topology;
 
 use crate::app::{self, Greeter, Greeting, Listener};
 use crate::host::{ADMIN, Host, READINESS, STATS, Serves};
+use crate::http::{self, Answer};
 use crate::mesh::{World, lock};
 use crate::plan::{APPLICATION_PORT, PodPlan};
 use crate::process::Process;
@@ -51,6 +52,17 @@ impl Pod {
     /// Its identity.
     pub fn spiffe_id(&self) -> String {
         self.0.plan.spiffe_id()
+    }
+
+    /// The trust domain that it is of.
+    pub fn trust_domain(&self) -> &str {
+        &self.0.plan.trust_domain
+    }
+
+    /// Its UID, where it is enrolled with one; looks like Kubernetes' own.
+    pub fn uid(&self) -> String {
+        let [_, _, node, pod] = self.0.place.address.octets();
+        format!("00000000-0000-4000-8000-0000{node:04}{pod:04}")
     }
 
     /// Its IPv4 address.
@@ -276,30 +288,6 @@ impl Pod {
     }
 
     fn http(&self, port: u16, request: &str, headers: &[&str]) -> io::Result<Answer> {
-        let port = self.0.host.port(port);
-        let mut socket = app::connect(&self.0.host.netns, ([127, 0, 0, 1], port).into())?;
-        let host = if headers.iter().any(|header| header.starts_with("Host:")) { "" } else { "Host: localhost\r\n" };
-        let more: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
-        socket.write_all(format!("{request} HTTP/1.1\r\n{host}{more}Connection: close\r\n\r\n").as_bytes())?;
-        let mut text = String::new();
-        socket.read_to_string(&mut text)?;
-        Answer::parse(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not an HTTP answer"))
-    }
-}
-
-/// An HTTP answer.
-#[derive(Debug)]
-pub struct Answer {
-    /// Its status.
-    pub status: u16,
-    /// Its content.
-    pub body: String,
-}
-
-impl Answer {
-    fn parse(text: &str) -> Option<Self> {
-        let (head, body) = text.split_once("\r\n\r\n")?;
-        let status = head.split(' ').nth(1)?.parse().ok()?;
-        Some(Self { status, body: body.to_owned() })
+        http::ask(&self.0.host.netns, self.0.host.port(port), request, headers)
     }
 }

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use serde_json::Value;
 use zspire_sys::process::{die_with_parent, terminate};
 
@@ -101,6 +103,29 @@ impl Process {
         let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
         fields[11..13].iter().map(|ticks| ticks.parse::<u64>().expect("proc(5)")).sum()
     }
+}
+
+/// Kills a process without waiting for it: until somebody does, it is a zombie.
+#[track_caller]
+pub fn kill(id: u32) {
+    signal(id, Signal::SIGKILL);
+}
+
+/// Stops a process where it is.
+#[track_caller]
+pub fn pause(id: u32) {
+    signal(id, Signal::SIGSTOP);
+}
+
+/// Lets it go on.
+#[track_caller]
+pub fn resume(id: u32) {
+    signal(id, Signal::SIGCONT);
+}
+
+#[track_caller]
+fn signal(id: u32, signal: Signal) {
+    nix::sys::signal::kill(Pid::from_raw(id.cast_signed()), signal).expect("the process is there");
 }
 
 impl Drop for Process {

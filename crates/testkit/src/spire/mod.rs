@@ -1,0 +1,309 @@
+//! A real SPIRE around a mesh: a server for each trust domain, an agent on each node, an entry for each pod.
+//!
+//! Start reading at [`Spire`]. Servers run in the uplink's namespace and agents on their nodes, so that all tests can use the
+//! same ports at the same time. Agents attest by user: each pod has a process of a user of its own; or by the kubelet, whose
+//! place a [fake](kubelet) takes. The programs are built by `scripts/spire/build`; what they are told is in [`server`] and
+//! [`agent`].
+
+mod agent;
+mod kubelet;
+mod pki;
+mod server;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard};
+
+use zspire_sys::netns::Netns;
+
+pub use agent::Agent;
+pub use kubelet::Kubelet;
+pub use server::Server;
+
+use crate::mesh::lock;
+use crate::plan::NAMESPACE;
+use crate::pod::Pod;
+use crate::process::Process;
+use crate::wait::until;
+
+/// Says where SPIRE's programs are, if not in the cache folder.
+const PROGRAMS: &str = "ZSPIRE_TEST_SPIRE";
+/// The version that is tested with: the one of `scripts/spire/go.mod`.
+const VERSION: &str = "1.15.3";
+/// The user of the first pod's process; each further pod's is one more.
+const FIRST_USER: u32 = 20_001;
+
+/// How proxies have identities from SPIRE.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// The Broker API, about a process of the pod.
+    BrokerByProcess,
+    /// The Broker API, about the pod's UID.
+    BrokerByPod,
+    /// The Delegated Identity API, about a process of the pod.
+    DelegatedByProcess,
+    /// The Workload API, by a proxy in the pod, about itself.
+    Own,
+}
+
+impl Way {
+    /// What `IDENTITY_SOURCE` names it.
+    pub fn source(self) -> &'static str {
+        match self {
+            Self::BrokerByProcess | Self::BrokerByPod => "spire-broker",
+            Self::DelegatedByProcess => "spire-delegated",
+            Self::Own => "workload-api",
+        }
+    }
+
+    fn by_process(self) -> bool {
+        matches!(self, Self::BrokerByProcess | Self::DelegatedByProcess)
+    }
+}
+
+/// The ID that the proxy of a node has itself.
+pub fn proxy_id(trust_domain: &str) -> String {
+    format!("spiffe://{trust_domain}/ns/istio-system/sa/ztunnel")
+}
+
+/// The ID that stands for all agents of a node: entries are its children.
+fn node_id(trust_domain: &str, node: &str) -> String {
+    format!("spiffe://{trust_domain}/node/{node}")
+}
+
+/// What a proxy is told of the agent of its node.
+pub(crate) fn environment(way: Way, folder: &Path, node: &str) -> Vec<(&'static str, String)> {
+    let sockets = agent::Sockets::of(folder, node);
+    let address = |path: &Path| format!("unix://{}", path.display());
+    let reference = if way.by_process() { "pid" } else { "pod" };
+    let mut all = vec![("IDENTITY_SOURCE", way.source().to_owned())];
+    match way {
+        Way::BrokerByProcess | Way::BrokerByPod => all.extend([
+            ("SPIFFE_ENDPOINT_SOCKET", address(&sockets.workload_api)),
+            ("SPIFFE_BROKER_SOCKET", address(&sockets.broker)),
+            ("SPIFFE_REFERENCE", reference.to_owned()),
+        ]),
+        Way::DelegatedByProcess => all.push(("SPIRE_ADMIN_ENDPOINT_SOCKET", address(&sockets.admin))),
+        Way::Own => all.push(("SPIFFE_ENDPOINT_SOCKET", address(&sockets.workload_api))),
+    }
+    all
+}
+
+/// A node that is to have an agent.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) name: String,
+    pub(crate) netns: Netns,
+    pub(crate) trust_domain: String,
+}
+
+/// A SPIRE that runs.
+#[derive(Debug)]
+pub struct Spire {
+    way: Way,
+    folder: PathBuf,
+    lifetime: u32,
+    agents: Vec<Agent>,
+    kubelets: BTreeMap<String, Kubelet>,
+    servers: Vec<Server>,
+    pods: Mutex<BTreeMap<String, Workload>>,
+}
+
+/// What SPIRE has of one pod.
+#[derive(Debug)]
+struct Workload {
+    user: u32,
+    process: Option<Process>,
+    entry: Option<String>,
+}
+
+impl Spire {
+    /// Starts servers and agents, and registers the proxies of the nodes. `lifetime` is of pods' SVIDs, in seconds.
+    #[track_caller]
+    pub(crate) fn start(
+        way: Way,
+        lifetime: u32,
+        folder: &Path,
+        uplink: (&Netns, std::net::Ipv4Addr),
+        nodes: &[Node],
+    ) -> Self {
+        let programs = programs();
+        pki::make(folder);
+        let mut names: Vec<&str> = nodes.iter().map(|node| &*node.trust_domain).collect();
+        names.sort_unstable();
+        names.dedup();
+        let servers: Vec<Server> =
+            (0..).zip(names).map(|(n, name)| Server::start(name, n, folder, uplink, &programs)).collect();
+        let mut kubelets = BTreeMap::new();
+        if way == Way::BrokerByPod {
+            kubelets.extend(nodes.iter().map(|node| (node.name.clone(), Kubelet::start(&node.netns, &node.name))));
+        }
+        let of = |node: &Node| servers.iter().find(|server| server.trust_domain() == node.trust_domain);
+        let agents: Vec<_> = nodes
+            .iter()
+            .map(|node| Agent::start(node, of(node).expect("a server for each trust domain"), way, folder, &programs))
+            .collect();
+        let spire = Self { way, folder: folder.into(), lifetime, agents, kubelets, servers, pods: Mutex::default() };
+        for node in nodes {
+            let server = spire.server(&node.trust_domain);
+            let node_id = node_id(&node.trust_domain, &node.name);
+            let selector = format!("x509pop:subject:cn:{}", node.name);
+            server.entry(&["-node", "-spiffeID", &node_id, "-selector", &selector]);
+            if way != Way::Own {
+                let proxy = proxy_id(&node.trust_domain);
+                server.entry(&["-parentID", &node_id, "-spiffeID", &proxy, "-selector", "unix:uid:0"]);
+            }
+        }
+        spire
+    }
+
+    /// The server of a trust domain.
+    #[track_caller]
+    pub fn server(&self, trust_domain: &str) -> &Server {
+        let found = self.servers.iter().find(|server| server.trust_domain() == trust_domain);
+        found.unwrap_or_else(|| panic!("there is no server of {trust_domain}"))
+    }
+
+    /// The agent of a node.
+    #[track_caller]
+    pub fn agent(&self, node: &str) -> &Agent {
+        self.agents.iter().find(|agent| agent.node() == node).unwrap_or_else(|| panic!("there is no agent on {node}"))
+    }
+
+    /// The kubelet of a node.
+    #[track_caller]
+    pub fn kubelet(&self, node: &str) -> &Kubelet {
+        self.kubelets.get(node).unwrap_or_else(|| panic!("there is no kubelet on {node}"))
+    }
+
+    /// Makes a pod known to its agent, by a process of its own user or by the kubelet's word, and registers it.
+    #[track_caller]
+    pub(crate) fn bring(&self, pod: &Pod, register: bool) {
+        let user = {
+            let mut pods = self.pods();
+            let next = FIRST_USER + u32::try_from(pods.len()).expect("few pods");
+            pods.entry(pod.name().into()).or_insert(Workload { user: next, process: None, entry: None }).user
+        };
+        match self.way {
+            Way::BrokerByPod => self.kubelet(&pod.host().node).add(pod),
+            Way::Own => {}
+            Way::BrokerByProcess | Way::DelegatedByProcess => {
+                let process = self.process(pod, user);
+                self.pods().get_mut(pod.name()).expect("it was put there").process = Some(process);
+            }
+        }
+        if register {
+            self.register(pod);
+        }
+    }
+
+    /// Starts a process of a user in a pod; returns when it is that user's.
+    #[track_caller]
+    pub fn process(&self, pod: &Pod, user: u32) -> Process {
+        let id = user.to_string();
+        let as_user = ["--reuid", &id, "--regid", &id, "--clear-groups", "--pdeathsig", "KILL", "sleep", "infinity"];
+        let process = Process::start(&format!("app-{}", pod.name()), &self.folder, pod.command("setpriv", &as_user));
+        until("the application to be its user's", || {
+            match fs::read_to_string(format!("/proc/{}/status", process.id())) {
+                Ok(status)
+                    if status.contains(&format!("Uid:\t{id}\t{id}\t{id}")) && status.starts_with("Name:\tsleep") =>
+                {
+                    Ok(())
+                }
+                Ok(status) => Err(status),
+                Err(error) => Err(error.to_string()),
+            }
+        });
+        process
+    }
+
+    /// The user of a pod's process.
+    #[track_caller]
+    pub fn user(&self, pod: &Pod) -> u32 {
+        self.pods().get(pod.name()).expect("a pod of the mesh").user
+    }
+
+    /// Does something with the process of a pod.
+    #[track_caller]
+    pub fn application<T>(&self, pod: &Pod, f: impl FnOnce(&mut Option<Process>) -> T) -> T {
+        f(&mut self.pods().get_mut(pod.name()).expect("a pod of the mesh").process)
+    }
+
+    /// How a pod is named to whoever enrols it, if by its process.
+    pub(crate) fn place(&self, pod: &Pod) -> Option<(&'static str, String)> {
+        let process = self.pods().get(pod.name())?.process.as_ref()?.id();
+        Some(("--pid", process.to_string()))
+    }
+
+    /// Registers a pod.
+    #[track_caller]
+    pub fn register(&self, pod: &Pod) {
+        self.register_as(pod, &pod.spiffe_id(), &[]);
+    }
+
+    /// Registers a pod with some SPIFFE ID, and with more of what `spire-server entry create` takes.
+    #[track_caller]
+    pub fn register_as(&self, pod: &Pod, id: &str, more: &[&str]) {
+        let selectors = match self.way {
+            Way::BrokerByProcess | Way::DelegatedByProcess => vec![format!("unix:uid:{}", self.user(pod))],
+            Way::BrokerByPod => vec![format!("k8s:ns:{NAMESPACE}"), format!("k8s:sa:{}", pod.name())],
+            Way::Own => vec!["unix:uid:0".into()],
+        };
+        let (parent, lifetime) = (node_id(pod.trust_domain(), &pod.host().node), self.lifetime.to_string());
+        let mut arguments = vec!["-parentID", &parent, "-spiffeID", id, "-x509SVIDTTL", &lifetime];
+        arguments.extend(selectors.iter().flat_map(|selector| ["-selector", selector]));
+        let entry = self.server(pod.trust_domain()).entry(&[&arguments, more].concat());
+        self.pods().get_mut(pod.name()).expect("a pod of the mesh").entry = Some(entry);
+    }
+
+    /// Deletes the entry of a pod.
+    #[track_caller]
+    pub fn deregister(&self, pod: &Pod) {
+        let entry = self.pods().get_mut(pod.name()).and_then(|pod| pod.entry.take()).expect("the pod is registered");
+        self.server(pod.trust_domain()).run(&["entry", "delete", "-entryID", &entry]);
+    }
+
+    fn pods(&self) -> MutexGuard<'_, BTreeMap<String, Workload>> {
+        lock(&self.pods)
+    }
+}
+
+/// The folder of SPIRE's programs.
+#[track_caller]
+fn programs() -> PathBuf {
+    let cache = || {
+        let of = |name: &str| std::env::var_os(name).map(PathBuf::from);
+        let home = || Some(of("HOME")?.join(".cache"));
+        of("ZSPIRE_CACHE").or_else(|| Some(of("XDG_CACHE_HOME").or_else(home)?.join("zspire")))
+    };
+    let given = std::env::var_os(PROGRAMS).map(PathBuf::from);
+    let folder = given.or_else(|| Some(cache()?.join(format!("spire-{VERSION}")))).expect("there is a HOME");
+    assert!(
+        folder.join("spire-server").is_file() && folder.join("spire-agent").is_file(),
+        "{} has no spire-server and spire-agent: run scripts/spire/build, or `make test-spire`",
+        folder.display()
+    );
+    folder
+}
+
+/// A program of SPIRE's, with nothing of this process's environment.
+fn program(folder: &Path, name: &str) -> Command {
+    let mut command = Command::new(folder.join(name));
+    command.env_clear();
+    command
+}
+
+/// Waits until a program says on its health port that it is ready, and fails at once if it ends instead.
+#[track_caller]
+fn wait_until_ready(process: &mut Process, netns: &Netns, port: u16) {
+    until("SPIRE to be ready", || {
+        assert!(process.runs(), "it has ended:\n{}", process.log());
+        match crate::http::ask(netns, port, "GET /ready", &[]) {
+            Ok(answer) if answer.status == 200 => Ok(()),
+            Ok(answer) => Err(answer.body),
+            Err(error) => Err(error.to_string()),
+        }
+    });
+}
