@@ -79,6 +79,81 @@ fn commands_have_exit_codes() {
 }
 
 #[test]
+fn identities_are_listed_shown_explained_and_watched() {
+    scenario(|| {
+        let mesh = mesh().node("a").pod("client").pod("server").start();
+        let client = mesh.pod("client");
+        let id = client.spiffe_id();
+        let list = printed(&client.zspire(&["identity", "list"]));
+        assert!(
+            list.lines().any(|line| line.contains("client") && line.contains(&id) && line.contains("Ready")),
+            "{list}"
+        );
+        let name = "test/client";
+        let shown = printed(&client.zspire(&["identity", "show", name]));
+        for word in ["local", &id, "serial", "cluster.local: 1 root"] {
+            assert!(shown.contains(word), "no {word} in\n{shown}");
+        }
+        let explained = printed(&client.zspire(&["identity", "explain", "client"]));
+        assert!(
+            explained.contains(&format!("test/client is {id}")) && explained.contains("Nothing: it is renewed"),
+            "{explained}"
+        );
+        let shown: Value =
+            serde_json::from_str(&printed(&client.zspire(&["identity", "show", name, "-o", "json"]))).unwrap();
+        assert_eq!(shown["expectedId"], id);
+        assert_eq!(
+            shown["certificate"]["serialNumber"],
+            client.dump()["certificates"][0]["certChain"][0]["serialNumber"]
+        );
+        assert!(client.metrics().contains("zspire_identity_svids{source=\"local\"} "), "{}", client.metrics());
+
+        // A page that was saved is read like one that is asked for.
+        let page = mesh.path("identities.json");
+        std::fs::write(&page, client.admin("GET /identities", &[]).body).unwrap();
+        let file = page.to_str().unwrap();
+        let watched = printed(&client.zspire(&["identity", "watch", "--file", file]));
+        assert!(watched.starts_with(&format!("test/client  Ready  {id}  serial ")), "{watched}");
+
+        let code = |arguments: &[&str]| client.zspire(&[&["identity"], arguments].concat()).status.code();
+        assert_eq!(code(&["explain", "nobody"]), Some(2));
+        assert_eq!(code(&["show", name, "--admin", "127.0.0.1:1"]), Some(3));
+        assert_eq!(code(&["list", "--file", mesh.path("mesh.json").to_str().unwrap()]), Some(3), "not such a page");
+    });
+}
+
+#[test]
+fn identity_that_is_missing_is_explained_with_what_to_do() {
+    scenario(|| {
+        let from_spire = captured("client")
+            .with("IDENTITY_SOURCE", "workload-api")
+            .with("FAKE_CA", "false")
+            .with("SPIFFE_ENDPOINT_SOCKET", "unix:///nowhere/agent.sock")
+            .not_started();
+        let mesh = mesh().node("a").pod(from_spire).start();
+        let client = mesh.pod("client");
+        client.start();
+        let explained = until("the agent was asked", || {
+            let output = client.zspire(&["identity", "explain", "client"]);
+            let said = text(&output.stdout);
+            if said.contains("Unavailable") { Ok((output.status.code(), said)) } else { Err(said) }
+        });
+        assert_eq!(explained.0, Some(1), "something was found");
+        for words in
+            ["has no identity", "about this process", "cannot connect to unix:///nowhere/agent.sock", "zspire doctor"]
+        {
+            assert!(explained.1.contains(words), "no {words} in\n{}", explained.1);
+        }
+        let metrics = client.metrics();
+        let errors = "zspire_identity_errors_total{source=\"workload-api\",code=\"Unavailable\"}";
+        assert!(
+            metrics.contains(errors) && metrics.contains("zspire_identity_subscriptions{source=\"workload-api\"} 1"),
+            "{metrics}"
+        );
+    });
+}
+
+#[test]
 fn admin_port_answers_nobody_that_a_web_page_sends() {
     scenario(|| {
         let mesh = mesh().node("a").pod("server").start();
@@ -110,7 +185,13 @@ fn log_level_can_be_changed() {
 /// Everything that can be read of a pod's proxy without being root.
 fn everything(mesh: &Mesh, name: &str) -> String {
     let pod = mesh.pod(name);
-    let mut all = [pod.admin("GET /config_dump", &[]).body, pod.metrics(), pod.proxy(|proxy| proxy.log())].concat();
+    let mut all = [
+        pod.admin("GET /config_dump", &[]).body,
+        pod.admin("GET /identities", &[]).body,
+        pod.metrics(),
+        pod.proxy(|proxy| proxy.log()),
+    ]
+    .concat();
     for view in ["certificates", "workloads", "connections"] {
         all += &printed(&pod.zspire(&[view, "-o", "json"]));
     }

@@ -18,6 +18,7 @@ pub mod mesh;
 pub mod metrics;
 pub mod pods;
 pub mod readiness;
+pub mod remedies;
 pub mod shutdown;
 pub mod spire;
 pub mod tasks;

@@ -9,6 +9,7 @@ mod control_plane;
 mod demo;
 mod enroll;
 mod exit;
+mod identity;
 mod inspect;
 mod proxy;
 
@@ -55,6 +56,9 @@ enum Command {
     Certificates(inspect::Args),
     /// Show the connections that a proxy carries
     Connections(inspect::Args),
+    /// Show where each pod's identity comes from, and why it has none
+    #[command(subcommand)]
+    Identity(identity::Command),
     /// Check files of workloads, services and policies
     Validate {
         /// Files or folders; all of them together make one mesh
@@ -92,6 +96,7 @@ fn main() -> ExitCode {
         Command::Policies(args) => inspect::run(inspect::View::Policies, &args),
         Command::Certificates(args) => inspect::run(inspect::View::Certificates, &args),
         Command::Connections(args) => inspect::run(inspect::View::Connections, &args),
+        Command::Identity(command) => identity::run(command),
         Command::Validate { files } => control_plane::validate(&files),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "zspire", &mut std::io::stdout());

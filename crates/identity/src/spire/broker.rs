@@ -29,6 +29,11 @@ use crate::tls::{Error as TlsError, ExpectedPeers, Stream};
 /// How long a connection waits for the proxy's own SVID.
 const OWN_SVID: Duration = Duration::from_secs(5);
 
+/// What a reference to a pod is called; compared to the letter.
+pub const KUBERNETES_REFERENCE: &str = "type.googleapis.com/spiffe.broker.KubernetesObjectReference";
+/// What a reference to a process is called.
+pub const PROCESS_REFERENCE: &str = "type.googleapis.com/spiffe.broker.WorkloadPIDReference";
+
 /// Who may answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExpectedAgent {
@@ -115,18 +120,17 @@ impl Agent for Broker {
     }
 }
 
-/// The type URLs are compared to the letter.
 fn packed(reference: &Reference) -> Result<Any, Refusal> {
     use prost::Message as _;
-    let any = |name: &str, value: Vec<u8>| Any { type_url: format!("type.googleapis.com/spiffe.broker.{name}"), value };
+    let any = |kind: &str, value: Vec<u8>| Any { type_url: kind.to_owned(), value };
     match reference {
         Reference::Pod { uid } => {
             let kind = KubernetesObjectType { plural: "pods".into(), group: "core".into() };
             let pod = KubernetesObjectReference { r#type: Some(kind), key: None, uid: uid.to_string() };
-            Ok(any("KubernetesObjectReference", pod.encode_to_vec()))
+            Ok(any(KUBERNETES_REFERENCE, pod.encode_to_vec()))
         }
         Reference::Process(process) => {
-            Ok(any("WorkloadPIDReference", WorkloadPidReference { pid: process.pid() }.encode_to_vec()))
+            Ok(any(PROCESS_REFERENCE, WorkloadPidReference { pid: process.pid() }.encode_to_vec()))
         }
         Reference::Selectors(_) | Reference::Own => {
             let why = "the Broker API takes pods and process IDs only";

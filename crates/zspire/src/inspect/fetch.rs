@@ -13,7 +13,7 @@ const TIME: Duration = Duration::from_secs(30);
 const MAX_BODY: usize = 1 << 30;
 
 /// The body of `http://{address}{path}`, or why there is none and what to do.
-pub(super) fn get(address: &str, path: &str) -> Result<String, String> {
+pub(crate) fn get(address: &str, path: &str) -> Result<String, String> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| format!("cannot start: {e}"))?;
     runtime.block_on(async {

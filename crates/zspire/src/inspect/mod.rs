@@ -4,7 +4,7 @@
 //! their columns ([`tables`]), which are those of `istioctl ztunnel-config`.
 
 mod dump;
-mod fetch;
+pub(crate) mod fetch;
 pub(crate) mod tables;
 
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ pub(crate) enum View {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
+pub(crate) enum Output {
     Table,
     Json,
 }
