@@ -130,7 +130,8 @@ fn identity_that_is_missing_is_explained_with_what_to_do() {
             .with("FAKE_CA", "false")
             .with("SPIFFE_ENDPOINT_SOCKET", "unix:///nowhere/agent.sock")
             .not_started();
-        let mesh = mesh().node("a").pod(from_spire).start();
+        // The source is the process's own.
+        let mesh = mesh().dedicated().node("a").pod(from_spire).start();
         let client = mesh.pod("client");
         client.start();
         let explained = until("the agent was asked", || {
@@ -328,6 +329,13 @@ const OTHERS: &[&str] = &[
     "zspire_certificates_queued",
     "zspire_connections_cut_total reporter,reason",
     "zspire_early_denials_total reporter,reason",
+    "zspire_identity_bundle_age_seconds source,trust_domain",
+    "zspire_identity_first_svid_seconds_bucket le,source",
+    "zspire_identity_first_svid_seconds_count source",
+    "zspire_identity_first_svid_seconds_sum source",
+    "zspire_identity_subscriptions source",
+    "zspire_identity_svids source",
+    "zspire_identity_updates_total source",
     "zspire_log_lines_dropped_total",
     "zspire_mesh_file_rejected",
     "zspire_mesh_file_reloads_total result",
