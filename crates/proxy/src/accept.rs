@@ -90,7 +90,6 @@ where
     F: Future<Output = ()> + 'static,
 {
     let Ok(local) = socket.local_addr() else { return };
-    pod.sockets().tune(&SockRef::from(&socket));
     let accepted = Accepted { socket, source: canonical(source), local: canonical(local) };
     pod.connections().spawn(serve(pod.clone(), accepted));
 }

@@ -104,7 +104,7 @@ impl Sockets {
         }
     }
 
-    /// Sets what every connection has, opened or accepted.
+    /// Sets what every connection has: on one that is opened, or on a listener, whose connections inherit it.
     pub(crate) fn tune(&self, socket: &SockRef<'_>) {
         // A socket that refuses an option has just been closed by its peer, which the next read tells.
         let _ = socket.set_tcp_nodelay(true);
@@ -167,4 +167,31 @@ pub(crate) fn refuse(socket: TcpStream) {
 /// The same address without the IPv6 form of an IPv4 one.
 pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_accepted_inherits_the_options_of_its_listener() {
+        let keepalive = Keepalive {
+            time: Duration::from_secs(77),
+            interval: Duration::from_secs(7),
+            retries: 5,
+            user_timeout: true,
+        };
+        let config = Config { keepalive: Some(keepalive), ..Config::default() };
+        let sockets = Sockets::new(&config, OriginalSource::Off, None, 1).unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        sockets.tune(&SockRef::from(&listener));
+        let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let view = SockRef::from(&accepted);
+        assert!(view.tcp_nodelay().unwrap() && view.keepalive().unwrap());
+        assert_eq!(view.tcp_keepalive_time().unwrap(), keepalive.time);
+        assert_eq!(view.tcp_keepalive_interval().unwrap(), keepalive.interval);
+        assert_eq!(view.tcp_keepalive_retries().unwrap(), keepalive.retries);
+        assert_eq!(view.tcp_user_timeout().unwrap(), Some(Duration::from_secs(77 + 35)));
+    }
 }

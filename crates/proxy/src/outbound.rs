@@ -30,7 +30,7 @@ use crate::tunnels::{self, Key, Opened};
 /// Serves one redirected connection.
 pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
     // A connection that was not redirected was made to this port itself, which routing refuses.
-    let original = socket::original_destination(&accepted.socket).map_or(accepted.local, canonical);
+    let original = socket::original_destination(&accepted.socket, accepted.local).map_or(accepted.local, canonical);
     let wanted = Wanted { source: accepted.source, destination: Asked::Address(original) };
     match wanted.establish(&pod).await {
         // A task of its own: while the connection lives, only the relay's state is held.

@@ -12,7 +12,7 @@ use crate::pod::Pod;
 
 /// Serves one redirected connection.
 pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
-    let destination = socket::original_destination(&accepted.socket).map_or(accepted.local, canonical);
+    let destination = socket::original_destination(&accepted.socket, accepted.local).map_or(accepted.local, canonical);
     let refused = |reason: &'static str, why: &dyn std::fmt::Display| {
         let metrics = &pod.shared().metrics;
         flow::deny_early(metrics, Direction::Inbound, accepted.source, Some(destination), reason, why);

@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
@@ -109,7 +110,7 @@ impl Proxy {
         let original_source = if spec.only.is_some() { OriginalSource::Off } else { shared.config.original_source };
         let sockets = Sockets::new(&shared.config, original_source, spec.place.take(), workers.count());
         let sockets = sockets.map_err(StartError::Enter)?;
-        let share = Share { mark: sockets.mark(), workers: workers.count(), overlap: spec.overlap };
+        let share = Share { sockets: &sockets, workers: workers.count(), overlap: spec.overlap };
         let sets = sockets.inside(|| share.listen_all(&mut spec.listeners)).map_err(StartError::Enter)??;
         let (drain, cut, tracker) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
         let newest = Newest::default();
@@ -147,13 +148,13 @@ impl Proxy {
 }
 
 /// How the listening sockets of the workers share a port.
-struct Share {
-    mark: Option<u32>,
+struct Share<'a> {
+    sockets: &'a Sockets,
     workers: usize,
     overlap: bool,
 }
 
-impl Share {
+impl Share<'_> {
     /// The sockets of all workers.
     fn listen_all(&self, listeners: &mut Listeners) -> Result<Vec<Sockets4>, StartError> {
         let Listeners { outbound, inbound, plaintext, socks5, dns } = listeners;
@@ -194,7 +195,7 @@ impl Share {
         // The port that the kernel chose for one is the port of both.
         let tcp = self.listen("DNS over TCP", address, first)?;
         let failed = |cause| StartError::Listen { what: "DNS", address: *address, cause };
-        let udp = dns::datagrams(*address, self.mark, self.workers > 1 || self.overlap).map_err(failed)?;
+        let udp = dns::datagrams(*address, self.sockets.mark(), self.workers > 1 || self.overlap).map_err(failed)?;
         Ok(dns::Sockets { udp, tcp })
     }
 
@@ -209,7 +210,7 @@ impl Share {
         let listen = |reuse_port| {
             socket::listen(&Listen {
                 address: *address,
-                mark: self.mark,
+                mark: self.sockets.mark(),
                 reuse_port,
                 transparent: false,
                 v6_only: false,
@@ -222,6 +223,8 @@ impl Share {
             drop(listen(false).map_err(failed)?);
         }
         let listener = listen(shared).map_err(failed)?;
+        // What is accepted inherits it: nothing has to be set for each connection.
+        self.sockets.tune(&SockRef::from(&listener));
         address.set_port(listener.local_addr().map_err(failed)?.port());
         Ok(listener)
     }

@@ -6,23 +6,22 @@
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd as _};
-use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
-use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
 /// Sets the mark (`SO_MARK`) of every packet this socket sends. Needs `CAP_NET_ADMIN` or `CAP_NET_RAW`.
 pub fn set_mark(fd: impl AsFd, mark: u32) -> io::Result<()> {
     SockRef::from(&fd).set_mark(mark)
 }
 
-/// Where the peer of an accepted connection wanted to go before a redirection rule sent it here.
+/// Where the peer of an accepted connection wanted to go before a redirection rule sent it here; `local` is the connection's own
+/// address.
 ///
 /// Answers what the kernel's connection tracking says. A connection that no rule has touched gives its own local
 /// address, or an error (`ENOENT`) when it is not tracked at all. IPv4-mapped addresses come back as IPv4.
-pub fn original_destination(fd: impl AsFd) -> io::Result<SocketAddr> {
+pub fn original_destination(fd: impl AsFd, local: SocketAddr) -> io::Result<SocketAddr> {
     let socket = SockRef::from(&fd);
-    let local = address(&socket.local_addr()?)?;
     // A dual-stack listener gives IPv6 sockets for IPv4 connections, which are tracked as IPv4.
     let answer = if canonical(local).is_ipv4() { socket.original_dst_v4()? } else { socket.original_dst_v6()? };
     address(&answer).map(canonical)
@@ -35,29 +34,11 @@ pub fn set_transparent(fd: impl AsFd, v6: bool) -> io::Result<()> {
     if v6 { socket.set_ip_transparent_v6(true) } else { socket.set_ip_transparent_v4(true) }
 }
 
-/// Lets the socket be bound to an address that no interface has yet (`IP_FREEBIND`).
-pub fn set_freebind(fd: impl AsFd, v6: bool) -> io::Result<()> {
-    let socket = SockRef::from(&fd);
-    if v6 { socket.set_freebind_v6(true) } else { socket.set_freebind_v4(true) }
-}
-
 /// Defers the choice of a port from `bind` to `connect` (`IP_BIND_ADDRESS_NO_PORT`), where the whole four-tuple
 /// is known: otherwise each bound source address has only as many connections as there are ephemeral ports.
 pub fn set_bind_address_no_port(fd: impl AsFd) -> io::Result<()> {
     // The option lives at level IP for sockets of both families.
     Ok(setsockopt(&fd, sockopt::IpBindAddressNoPort, &true)?)
-}
-
-/// Has the kernel probe an idle peer: after `time` of silence, every `interval`, and drop it after `retries`.
-pub fn set_keepalive(fd: impl AsFd, time: Duration, interval: Duration, retries: u32) -> io::Result<()> {
-    let keepalive = TcpKeepalive::new().with_time(time).with_interval(interval).with_retries(retries);
-    SockRef::from(&fd).set_tcp_keepalive(&keepalive)
-}
-
-/// Drops the connection when sent data stays unacknowledged for `timeout` (`TCP_USER_TIMEOUT`); zero is the
-/// kernel's own limit.
-pub fn set_user_timeout(fd: impl AsFd, timeout: Duration) -> io::Result<()> {
-    SockRef::from(&fd).set_tcp_user_timeout(Some(timeout))
 }
 
 /// What a listening socket should be.
@@ -126,8 +107,8 @@ fn bind_source(socket: &Socket, source: IpAddr, to: SocketAddr, transparent: boo
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
     if transparent {
+        // Which lets it be bound to addresses that no interface has, too.
         set_transparent(socket, source.is_ipv6())?;
-        set_freebind(socket, source.is_ipv6())?;
     }
     set_bind_address_no_port(socket)?;
     socket.bind(&SocketAddr::new(source, 0).into())

@@ -65,7 +65,7 @@ fn outbound_connections_go_to_the_proxy_which_learns_where_to() {
         let to = SocketAddr::new(to, 8080);
         let client = connect(&mesh.captured.netns, to);
         let (accepted, _) = outbound.accept().unwrap();
-        assert_eq!(socket::original_destination(&accepted).unwrap(), to);
+        assert_eq!(socket::original_destination(&accepted, accepted.local_addr().unwrap()).unwrap(), to);
         converse(&client, &accepted);
     }
 }
@@ -78,7 +78,7 @@ fn inbound_connections_go_to_the_proxy_which_learns_where_to() {
         let to = SocketAddr::new(to, 8080);
         let client = connect(&mesh.plain.netns, to);
         let (accepted, _) = inbound.accept().unwrap();
-        assert_eq!(socket::original_destination(&accepted).unwrap(), to);
+        assert_eq!(socket::original_destination(&accepted, accepted.local_addr().unwrap()).unwrap(), to);
         converse(&client, &accepted);
     }
 }
