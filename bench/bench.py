@@ -8,6 +8,7 @@ proxies from /proc; it is the figure to trust.
     --rounds N    rounds of each measurement (3)
     --seconds N   length of each sample (3)
     --only A,B    of: traffic, inpod, services, push, memory, start, workloads, ca
+    --work TEXT   only the kinds of work of traffic and inpod that have this in their name
     --json FILE   the figures as JSON as well
 """
 
@@ -489,10 +490,14 @@ def main():
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=int, default=3)
     options.add_argument("--only", default="traffic,inpod,services,push,memory,start,workloads,ca")
+    options.add_argument("--work", default="")
     options.add_argument("--idle", type=int, default=10_000, help="idle connections to hold")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
     only = set(args.only.split(","))
+    work = [kind for kind in WORK if args.work in kind[0]]
+    if not work:
+        raise SystemExit(f"bench: no kind of work has {args.work!r} in its name: {', '.join(kind[0] for kind in WORK)}")
 
     for program in ("nft", "nginx", "iperf3", "wrk", "curl", "openssl", "ip"):
         if not shutil.which(program):
@@ -528,7 +533,7 @@ def main():
             if "memory" in only:
                 figures["memory"] = idle_connections(network, programs, args.idle)
             if "traffic" in only:
-                figures["traffic"] = traffic(network, programs, args.rounds, args.seconds)
+                figures["traffic"] = traffic(network, programs, args.rounds, args.seconds, work)
             if "push" in only:
                 figures["push"] = push(run, network, mesh)
             if "inpod" in only:
@@ -537,8 +542,8 @@ def main():
                 one = InPod(run, mesh_file(run / "inpod.yaml"))
                 processes.append(one)
                 programs = {"zspire": (one.begin, one.end, one.processes), "envoy": (16001, None, envoys)}
-                figures["inpod"] = traffic(network, programs, args.rounds, args.seconds)
-        report.show(figures, WORK)
+                figures["inpod"] = traffic(network, programs, args.rounds, args.seconds, work)
+        report.show(figures, work)
         if args.json:
             args.json.write_text(json.dumps(figures, indent=1))
     finally:
