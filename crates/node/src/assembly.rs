@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use zspire_identity::{Revocation, Source};
+use zspire_identity::{Priority, Revocation, Source};
 use zspire_model::{SpiffeId, Str};
 use zspire_proxy::flow::{Direction, Table};
 use zspire_proxy::workers::Workers;
@@ -37,7 +37,7 @@ use crate::readiness::{self, Readiness};
 use crate::shutdown::Signals;
 use crate::tasks::Tasks;
 use crate::telemetry::{self, Logging};
-use crate::{BuildInfo, http_server, identities};
+use crate::{BuildInfo, http_server, identities, spire};
 
 /// Runs the proxy until it is told to stop and has drained. Must be called before the process has threads.
 ///
@@ -326,14 +326,20 @@ impl Node {
     /// Lets peers reach the metrics of a shared proxy through a tunnel, as those of a workload that policies apply to.
     fn serve_itself(&self, served: &Served, mesh: &Mesh) -> anyhow::Result<Option<Proxy>> {
         let Some(name) = self.config.own_workload() else { return Ok(None) };
-        if self.config.identity.is_per_workload() {
-            tracing::warn!("metrics are not offered through a tunnel: the SPIRE agent attests pods, not this process");
-            return Ok(None);
-        }
+        let own = match (&served.own, self.config.identity.is_per_workload()) {
+            (Some(source), true) => Some(source.watch(&spire::own_key(&self.config)?, Priority::WarmUp)),
+            (None, true) => {
+                tracing::warn!(
+                    "metrics are not offered through a tunnel: SPIFFE_ENDPOINT_SOCKET is not set, so this process has no SVID"
+                );
+                return Ok(None);
+            }
+            (_, false) => None,
+        };
         let ipv6 = self.config.ipv6 && zspire_sys::socket::ipv6_available();
         let spec = PodSpec {
             uid: format!("{}/{}", name.namespace, name.name).into(),
-            local: mesh.follow(&name, None),
+            local: mesh.follow(&name, own),
             listeners: Listeners::tunnels(self.config.addresses.bind, ipv6),
             place: None,
             overlap: self.config.inpod_port_reuse,

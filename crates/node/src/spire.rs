@@ -18,7 +18,7 @@ pub struct Spire {
     pub source: Arc<dyn Source>,
     /// None where the identity is that of the process.
     pub references: Option<Arc<References>>,
-    /// The proxy's own SVID, where it has to show one.
+    /// The proxy's own SVID, where it shows one to anybody.
     pub own: Option<Arc<dyn Source>>,
 }
 
@@ -40,6 +40,10 @@ pub fn start(config: &Config, policy: &Policy, tasks: &Tasks) -> anyhow::Result<
             let admin = config.spire.admin.clone().context("SPIRE_ADMIN_ENDPOINT_SOCKET is not set")?;
             let (agent, bundles) = delegated::new(admin);
             tasks.spawn("trust bundles", bundles.run(tasks.stop.clone()));
+            if config.own_workload().is_some() && config.spire.workload_api.is_some() {
+                // The agent is not shown it: peers are, who ask for the proxy's metrics.
+                own_source = Some(own(config, settings.clone(), tasks)?);
+            }
             Arc::new(agent)
         }
         _ => {
@@ -76,16 +80,21 @@ fn own(config: &Config, settings: Settings, tasks: &Tasks) -> anyhow::Result<Arc
     Ok(Arc::new(source))
 }
 
-/// The Broker API, which is shown the proxy's own SVID.
-fn broker(config: &Config, own: &dyn Source) -> anyhow::Result<broker::Broker> {
-    let endpoint = config.spire.broker.clone().context("SPIFFE_BROKER_SOCKET is not set")?;
+/// What the proxy's own SVID is asked for by.
+pub fn own_key(config: &Config) -> anyhow::Result<WorkloadKey> {
     let domain: TrustDomain = config.trust_domain.parse().context("TRUST_DOMAIN")?;
     let (namespace, account) = match (&*config.pod_namespace, &*config.service_account) {
         ("", _) | (_, "") => ("istio-system", "ztunnel"),
         known => known,
     };
     let id = SpiffeId::istio(&domain, namespace, account).context("POD_NAMESPACE, SERVICE_ACCOUNT")?;
-    let own = own.watch(&WorkloadKey { id, workload: None }, Priority::OnDemand);
+    Ok(WorkloadKey { id, workload: None })
+}
+
+/// The Broker API, which is shown the proxy's own SVID.
+fn broker(config: &Config, own: &dyn Source) -> anyhow::Result<broker::Broker> {
+    let endpoint = config.spire.broker.clone().context("SPIFFE_BROKER_SOCKET is not set")?;
+    let own = own.watch(&own_key(config)?, Priority::OnDemand);
     let expected = match &config.spire.agent {
         Some(id) => broker::ExpectedAgent::Exactly(id.clone()),
         None => broker::ExpectedAgent::AnyOfTrustDomain,
