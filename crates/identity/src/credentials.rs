@@ -123,6 +123,11 @@ impl Credentials {
         x509::fingerprint(&self.chain[0])
     }
 
+    /// Whether the same CA has signed both: not when SVIDs come from a new one.
+    pub fn has_issuer_of(&self, other: &Self) -> bool {
+        x509::issuer(&self.chain[0]) == x509::issuer(&other.chain[0])
+    }
+
     /// Whether a peer that was verified in a handshake would be accepted now: its certificates are still valid, they lead to a
     /// root that these credentials trust, and no revocation list is against them.
     ///

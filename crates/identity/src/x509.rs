@@ -6,6 +6,7 @@
 use std::time::SystemTime;
 
 use aws_lc_rs::digest;
+use x509_parser::oid_registry::OID_X509_EXT_AUTHORITY_KEY_IDENTIFIER;
 use x509_parser::prelude::{FromDer as _, GeneralName, ParsedExtension, X509Certificate};
 use zspire_model::SpiffeId;
 
@@ -20,6 +21,14 @@ pub fn fingerprint(der: &[u8]) -> Fingerprint {
     let mut out = Fingerprint::default();
     out.copy_from_slice(digest::digest(&digest::SHA256, der).as_ref());
     out
+}
+
+/// Who has signed a certificate: the name and the key that it refers to. None if it cannot be read.
+pub(crate) fn issuer(der: &[u8]) -> Option<(Vec<u8>, Option<Vec<u8>>)> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    let mut extensions = certificate.extensions().iter();
+    let key = extensions.find(|extension| extension.oid == OID_X509_EXT_AUTHORITY_KEY_IDENTIFIER);
+    Some((certificate.issuer().as_raw().to_vec(), key.map(|extension| extension.value.to_vec())))
 }
 
 /// The leaf certificate of an SVID, conforming to the X.509-SVID profile. It has not been verified.

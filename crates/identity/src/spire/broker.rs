@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use http::{HeaderName, HeaderValue};
 use prost_types::Any;
-use tokio::time::{Duration, Instant};
+use tokio::time::{Duration, Instant, timeout};
 use tonic::Code;
 use zspire_model::SpiffeId;
 use zspire_wire::broker::api_client::ApiClient;
@@ -28,6 +28,8 @@ use crate::tls::{Error as TlsError, ExpectedPeers, Stream};
 
 /// How long a connection waits for the proxy's own SVID.
 const OWN_SVID: Duration = Duration::from_secs(5);
+/// How long a server that speaks first is waited for: HTTP/2 lets it, and SPIRE's does.
+const FIRST_WORD: Duration = Duration::from_secs(1);
 
 /// What a reference to a pod is called; compared to the letter.
 pub const KUBERNETES_REFERENCE: &str = "type.googleapis.com/spiffe.broker.KubernetesObjectReference";
@@ -80,7 +82,19 @@ async fn open(to: &Endpoint, own: &Watch, expected: &ExpectedAgent) -> io::Resul
         ExpectedAgent::AnyOfTrustDomain => ExpectedPeers::below(own.id().trust_domain(), "/spire/agent/"),
     };
     let told = |error: TlsError| io::Error::other(format!("TLS with the SPIRE agent at {to}: {}", chain(&error)));
-    let (stream, peer) = own.connect(socket, &expected).await.map_err(told)?;
+    let (mut stream, peer) = own.connect(socket, &expected).await.map_err(told)?;
+    // Who listens for the client to speak first is not waited for: its refusal is then told in the words of HTTP/2.
+    if let Ok(Err(error)) = timeout(FIRST_WORD, stream.heard()).await {
+        let error = match TlsError::from_io(error) {
+            closed @ TlsError::Io(_) => told(closed),
+            alert => {
+                let (id, alert) = (own.id(), chain(&alert));
+                let what = format!("the SPIRE agent at {to} refuses the proxy's own SVID, {id}");
+                io::Error::other(format!("{what}: is it in the agent's list of brokers? ({alert})"))
+            }
+        };
+        return Err(error);
+    }
     Ok((stream, peer.id))
 }
 

@@ -42,6 +42,8 @@ pub(super) struct Held {
     states: watch::Sender<State>,
     story: watch::Sender<Story>,
     wanted: Wanted,
+    /// Whether what was asked about last may have another ID than expected.
+    takes_other_id: bool,
     policy: Policy,
     clock: Arc<dyn Clock>,
 }
@@ -55,7 +57,7 @@ impl Held {
         policy: Policy,
         clock: Arc<dyn Clock>,
     ) -> Self {
-        Self { id, states, story, wanted, policy, clock }
+        Self { id, states, story, takes_other_id: wanted.accept_other_id, wanted, policy, clock }
     }
 
     pub(super) fn is_ready(&self) -> bool {
@@ -72,7 +74,10 @@ impl Held {
     }
 
     /// The agent is about to be asked.
-    pub(super) fn asked(&self, reference: &Reference) {
+    pub(super) fn asked(&mut self, reference: &Reference) {
+        // Where any ID will do, that of the proxy must not: it is nobody else's.
+        let could_be_the_proxy = matches!(reference, Reference::Process(process) if process.is_of_own_user());
+        self.takes_other_id = self.wanted.accept_other_id && !could_be_the_proxy;
         let selectors = match reference {
             Reference::Process(process) => process.selectors(),
             Reference::Selectors(selectors) => {
@@ -114,7 +119,8 @@ impl Held {
     }
 
     fn credentials(&self, update: &Update) -> Result<Credentials, String> {
-        let offer = select::select(&update.offers, &self.id, &self.wanted).map_err(|e| e.to_string())?;
+        let wanted = Wanted { accept_other_id: self.takes_other_id, ..self.wanted.clone() };
+        let offer = select::select(&update.offers, &self.id, &wanted).map_err(|e| e.to_string())?;
         let svid = Svid {
             id: offer.id.clone(),
             chain: offer.chain.clone(),

@@ -87,6 +87,9 @@ pub trait Process: fmt::Debug + Send + Sync + 'static {
     /// Whether it is the same process as in the beginning, and has not ended.
     fn is_alive(&self) -> bool;
 
+    /// Whether it runs as the user that the proxy runs as. To an agent that attests users alone it is then the proxy.
+    fn is_of_own_user(&self) -> bool;
+
     /// Selectors that an agent finds for it, as far as they are known here: for whoever wants to register it.
     fn selectors(&self) -> Vec<Str> {
         Vec::new()

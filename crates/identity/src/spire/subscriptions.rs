@@ -332,7 +332,7 @@ impl Follow {
         Instant::now() + left.unwrap_or(RECHECK).min(RECHECK)
     }
 
-    fn ask(&self, shared: &Shared, pause: &mut Pause) -> Phase {
+    fn ask(&mut self, shared: &Shared, pause: &mut Pause) -> Phase {
         let reference = match shared.locate.locate(&self.key) {
             Ok(reference) => reference,
             Err(why) => {

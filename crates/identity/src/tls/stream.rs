@@ -95,6 +95,27 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         }
     }
 
+    /// Waits until the server has said something. In TLS 1.3 it looks at the client's certificate after the client's handshake:
+    /// a refusal is heard only now.
+    pub(crate) async fn heard(&mut self) -> io::Result<()> {
+        poll_fn(|cx| self.poll_heard(cx)).await
+    }
+
+    fn poll_heard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.opened.is_empty() {
+            match self.step(cx, None, None)? {
+                Step::Progress | Step::Sealed => {}
+                Step::Starved => {
+                    if ready!(self.incoming.poll_fill(cx, &mut self.io))? == 0 {
+                        return Poll::Ready(Err(truncated()));
+                    }
+                }
+                Step::PeerClosed | Step::Closed => return Poll::Ready(Err(truncated())),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
     /// One step of the session; bytes of the peer go to `out` as far as there is room.
     fn step(
         &mut self,

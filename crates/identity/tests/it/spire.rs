@@ -67,7 +67,10 @@ impl Locate for FakeLocate {
 }
 
 #[derive(Debug)]
-struct FakeProcess(watch::Receiver<bool>);
+struct FakeProcess {
+    over: watch::Receiver<bool>,
+    of_own_user: bool,
+}
 
 impl Process for FakeProcess {
     fn pid(&self) -> i32 {
@@ -75,14 +78,18 @@ impl Process for FakeProcess {
     }
 
     fn ended(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        let mut over = self.0.clone();
+        let mut over = self.over.clone();
         Box::pin(async move {
             let _ = over.wait_for(|over| *over).await;
         })
     }
 
     fn is_alive(&self) -> bool {
-        !*self.0.borrow()
+        !*self.over.borrow()
+    }
+
+    fn is_of_own_user(&self) -> bool {
+        self.of_own_user
     }
 }
 
@@ -215,6 +222,15 @@ async fn another_identity_than_expected_is_refused_by_name() {
     let mut web = rig.watch(WEB, "pod-1");
     rig.stream().await.send(rig.update(DB)).unwrap();
     assert_eq!(until(&mut web, "ready").await.credentials().unwrap().id().as_str(), DB, "where that is configured");
+
+    // To an agent that attests users alone, a process of the proxy's user is the proxy.
+    let (_end, over) = watch::channel(false);
+    let process = Reference::Process(Arc::new(FakeProcess { over, of_own_user: true }));
+    rig.locate.0.lock().unwrap().insert("pod-2".into(), process);
+    let mut web = rig.watch(WEB, "pod-2");
+    rig.stream().await.send(rig.update(DB)).unwrap();
+    let failed = why(until(&mut web, "failed").await);
+    assert!(failed.contains(WEB) && failed.contains(DB), "{failed}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -304,7 +320,7 @@ async fn a_workload_that_is_gone_loses_its_key() {
     assert!(revoked.contains("not found"), "{revoked}");
 
     let (end, over) = watch::channel(false);
-    let process = Reference::Process(Arc::new(FakeProcess(over)));
+    let process = Reference::Process(Arc::new(FakeProcess { over, of_own_user: false }));
     rig.locate.0.lock().unwrap().insert("pod-2".into(), process);
     let mut db = rig.watch(DB, "pod-2");
     let (reference, stream) = rig.streams.recv().await.unwrap();

@@ -195,6 +195,11 @@ impl Process for HeldProcess {
         !ended && pidfd::start_time(self.pid).is_ok_and(|started| started == self.started)
     }
 
+    fn is_of_own_user(&self) -> bool {
+        // In case of doubt it is.
+        fs::metadata(format!("/proc/{}", self.pid)).map_or(true, |process| process.uid() == zspire_sys::process::user())
+    }
+
     fn selectors(&self) -> Vec<Str> {
         effective_user(self.pid).map(|uid| format!("unix:uid:{uid}").into()).into_iter().collect()
     }
