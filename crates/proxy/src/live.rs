@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use slab::Slab;
 use smallvec::SmallVec;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use zspire_identity::Peer;
 use zspire_model::authorize::{self, Connection, Decision, Difference, PolicySet, Recheck};
@@ -280,6 +281,7 @@ impl Registry {
             address,
             peer: RefCell::new(peer),
             users: Cell::new(0),
+            doubted: Cell::default(),
             withdrawn: RefCell::default(),
             told: CancellationToken::new(),
         });
@@ -318,6 +320,8 @@ pub(crate) struct Proof {
     /// The peer; a newer certificate of it takes the place of one that expires.
     pub(crate) peer: RefCell<Peer>,
     users: Cell<usize>,
+    /// Since when nobody who is trusted vouches for the peer any more, while it may still show another certificate.
+    pub(crate) doubted: Cell<Option<Instant>>,
     withdrawn: RefCell<Option<Verdict>>,
     told: CancellationToken,
 }

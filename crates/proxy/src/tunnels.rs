@@ -142,6 +142,13 @@ impl Tunnels {
         }
     }
 
+    /// The next [`renew`](Self::renew) is to replace the tunnels of these proofs, however much time is left.
+    pub(crate) fn hasten(&self, which: impl Fn(&Rc<Proof>) -> bool) {
+        for made in self.0.made.borrow().values().filter(|made| which(&made.proof)) {
+            made.renew_at.set(Some(SystemTime::UNIX_EPOCH));
+        }
+    }
+
     /// The connections of a tunnel go on with newer certificates: those are to be renewed in time as well.
     pub(crate) fn renewed(&self, proof: &Rc<Proof>, credentials: &Credentials) {
         let at = renewal(SystemTime::now(), credentials.not_after().min(proof.not_after()));

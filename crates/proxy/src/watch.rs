@@ -6,6 +6,7 @@
 //!  the pod's credentials ──────────▶ taken away: what is in tunnels is cut; renewed: peers are verified anew
 //!  revocation lists ───────────────▶ peers are verified anew; who fails is cut
 //!  a peer's certificate expires ───▶ what is in its tunnels is cut, unless it has shown a newer one in another handshake
+//!  its CA is trusted no longer ────▶ the same, and it has a second for it: a new tunnel is made at once
 //! ```
 //! One look is from the whole state, never from the hint that woke it, so that nothing is lost when changes come faster than
 //! looks.
@@ -25,6 +26,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 use tokio::task::yield_now;
+use tokio::time::Instant;
 use zspire_identity::tls::{self, Rejection};
 use zspire_identity::{Credentials, Peer, State, Watch};
 use zspire_model::authorize::PolicySet;
@@ -41,6 +43,9 @@ const BATCH: usize = 256;
 const PEERS: usize = 8;
 /// The clock of the calendar may jump: it is read again after this time at the latest.
 const CLOCK: Duration = Duration::from_secs(10);
+/// How long a peer may take to show a certificate of another CA when its own is trusted no longer. Where a CA is replaced, all
+/// ends are told within moments, and the client's makes a new tunnel at once.
+const DOUBT: Duration = Duration::from_secs(1);
 /// Peers whose newest certificates are remembered for a pod.
 const REMEMBERED: usize = 4096;
 
@@ -133,12 +138,16 @@ async fn changes(trust: &mut watch::Receiver<u64>) {
     }
 }
 
-/// Waits until a peer's certificate expires, or until a tunnel should be made that shows a newer one.
+/// Waits until a peer's certificate expires or the doubt about it is to end, or until a tunnel should be made that shows a newer
+/// one.
 async fn until_expiry(pod: &Pod) {
-    let ends = pod.live().proofs().iter().map(|proof| expired_at(proof)).min();
+    let proofs = pod.live().proofs();
+    let ends = proofs.iter().map(|proof| expired_at(proof)).min();
     let next = ends.into_iter().chain(pod.tunnels().next_renewal()).min();
     let Some(next) = next else { return std::future::pending().await };
     let left = next.duration_since(SystemTime::now()).unwrap_or_default();
+    let doubts = proofs.iter().filter_map(|proof| proof.doubted.get()).min();
+    let left = doubts.map_or(left, |since| left.min(DOUBT.saturating_sub(since.elapsed())));
     // A little later, and so never without a pause.
     tokio::time::sleep(left.min(CLOCK) + Duration::from_millis(10)).await;
 }
@@ -229,6 +238,10 @@ async fn look_at_trust(pod: &Pod, seen: &RefCell<Seen>, state: &State, trust: u6
         (changed, credentials.or(seen.credentials.as_ref()).cloned())
     };
     if let Some(with) = &with {
+        // Peers are to know a certificate of the new CA before the old one is trusted no longer.
+        if seen.borrow().credentials.as_ref().is_some_and(|before| !with.has_issuer_of(before)) {
+            pod.tunnels().hasten(|_| true);
+        }
         verify_peers(pod, with, all).await;
         pod.tunnels().renew(with);
     }
@@ -241,24 +254,29 @@ fn expired_at(proof: &Proof) -> SystemTime {
     proof.not_after() + Duration::from_secs(1)
 }
 
-/// Verifies peers anew: all, or those whose certificates have expired.
+/// Verifies peers anew: all, or those whose certificates have expired or are in doubt.
 async fn verify_peers(pod: &Pod, credentials: &Credentials, all: bool) {
     let now = SystemTime::now();
-    let due = pod.live().proofs().into_iter().filter(|proof| all || expired_at(proof) <= now);
+    let is_due = |proof: &Rc<Proof>| all || expired_at(proof) <= now || proof.doubted.get().is_some();
+    let due = pod.live().proofs().into_iter().filter(is_due);
     let mut lost: Vec<(Rc<Proof>, Verdict)> = Vec::new();
     for (n, proof) in due.enumerate() {
         if n % PEERS == PEERS - 1 {
             yield_now().await;
         }
         let peer = proof.peer.borrow().clone();
-        let Err(first) = credentials.still_valid(&peer) else { continue };
+        let Err(first) = credentials.still_valid(&peer) else {
+            proof.doubted.set(None);
+            continue;
+        };
         let newest = pod.newest().get(&proof).filter(|newest| newest.fingerprint != peer.fingerprint);
-        match newest.filter(|newest| is_about_age(&first) && credentials.still_valid(newest).is_ok()) {
-            Some(newest) => {
-                *proof.peer.borrow_mut() = newest;
-                pod.tunnels().renewed(&proof, credentials);
-            }
-            None => lost.push((proof.clone(), judgement(&proof, &first))),
+        let newest = newest.filter(|newest| can_be_mended(&first) && credentials.still_valid(newest).is_ok());
+        if let Some(newest) = newest {
+            *proof.peer.borrow_mut() = newest;
+            proof.doubted.set(None);
+            pod.tunnels().renewed(&proof, credentials);
+        } else if !remains_in_doubt(pod, &proof, &first) {
+            lost.push((proof.clone(), judgement(&proof, &first)));
         }
     }
     if !lost.is_empty() {
@@ -267,9 +285,29 @@ async fn verify_peers(pod: &Pod, credentials: &Credentials, all: bool) {
     }
 }
 
-/// Only age is mended by a newer certificate: a revocation is of a certificate, and trust of an issuer.
-fn is_about_age(error: &tls::Error) -> bool {
-    matches!(error, tls::Error::Rejected(Rejection::Expired { .. }))
+/// Whether a peer whose CA is trusted no longer has time left to show a certificate of another.
+fn remains_in_doubt(pod: &Pod, proof: &Rc<Proof>, error: &tls::Error) -> bool {
+    if !is_about_issuer(error) {
+        return false;
+    }
+    match proof.doubted.get() {
+        Some(since) => since.elapsed() < DOUBT,
+        None => {
+            proof.doubted.set(Some(Instant::now()));
+            pod.tunnels().hasten(|of| Rc::ptr_eq(of, proof));
+            true
+        }
+    }
+}
+
+/// Age and issuer are mended by another certificate that the peer shows from the same place. A revocation is of the one that it
+/// has, and a trust domain that is trusted no longer has no other.
+fn can_be_mended(error: &tls::Error) -> bool {
+    matches!(error, tls::Error::Rejected(Rejection::Expired { .. })) || is_about_issuer(error)
+}
+
+fn is_about_issuer(error: &tls::Error) -> bool {
+    matches!(error, tls::Error::Rejected(Rejection::Untrusted { .. }))
 }
 
 fn judgement(proof: &Proof, error: &tls::Error) -> Verdict {
