@@ -4,8 +4,10 @@
 //! user. What SPIRE cannot be made to do is tested in `zspire-identity`, against a fake agent.
 
 mod entries;
+mod own;
 mod refusals;
 mod serving;
+mod trust;
 
 use serde_json::Value;
 use zspire_testkit::{Pod, until};

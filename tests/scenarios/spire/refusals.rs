@@ -8,7 +8,7 @@ use zspire_testkit::{Mesh, Pod, mesh, until};
 use super::{by, certificate, serial, wait_for_another, wait_for_state};
 use crate::traffic::connect;
 
-by!(each way: pod_that_goes_takes_its_identity_along);
+by!(each way: proxy_that_may_not_ask_is_told_so, pod_that_goes_takes_its_identity_along);
 by!(
     process:
     process_of_root_does_not_get_the_proxys_identity,
@@ -22,6 +22,24 @@ fn server_to_come(way: Way, more: &[(&str, &str)]) -> (Mesh, Pod, Pod) {
     let mesh = mesh().spire(way).svids_for(14).node("a").pod("client").node("b").pod(server).start();
     let (client, server) = (mesh.pod("client"), mesh.pod("server"));
     (mesh, client, server)
+}
+
+fn proxy_that_may_not_ask_is_told_so(way: Way) {
+    let (mesh, client, server) = server_to_come(way, &[]);
+    let _app = server.greet();
+    mesh.spire().agent("b").trust_the_proxy(false);
+    mesh.enroll(&server);
+    wait_for_state(
+        &server,
+        match way {
+            Way::DelegatedByProcess => "caller not configured as an authorized delegate",
+            _ => "refuses the proxy's own SVID, spiffe://cluster.local/ns/istio-system/sa/ztunnel",
+        },
+    );
+    client.is_refused(server.app());
+    mesh.spire().agent("b").trust_the_proxy(true);
+    wait_for_state(&server, "Available");
+    client.reaches(server.app());
 }
 
 fn pod_that_goes_takes_its_identity_along(way: Way) {
@@ -45,16 +63,18 @@ fn pod_that_goes_takes_its_identity_along(way: Way) {
 }
 
 fn process_of_root_does_not_get_the_proxys_identity(way: Way) {
-    let (mesh, client, server) = server_to_come(way, &[]);
-    let spire = mesh.spire();
-    let of_root = spire.process(&server, 0);
-    spire.application(&server, |process| *process = Some(of_root));
-    mesh.enroll(&server);
-    // What an agent finds of such a process is what it finds of the proxy.
-    let offered = format!("the agent offers {}, expected {}", proxy_id(server.trust_domain()), server.spiffe_id());
-    wait_for_state(&server, &offered);
-    let _app = server.greet();
-    client.is_refused(server.app());
+    for accepting in ["false", "true"] {
+        let (mesh, client, server) = server_to_come(way, &[("SPIFFE_ACCEPT_OTHER_ID", accepting)]);
+        let spire = mesh.spire();
+        let of_root = spire.process(&server, 0);
+        spire.application(&server, |process| *process = Some(of_root));
+        mesh.enroll(&server);
+        // What an agent finds of such a process is what it finds of the proxy.
+        let offered = format!("the agent offers {}, expected {}", proxy_id(server.trust_domain()), server.spiffe_id());
+        wait_for_state(&server, &offered);
+        let _app = server.greet();
+        client.is_refused(server.app());
+    }
 }
 
 /// Enrolled by its namespace, so that it stays when a process of it ends.
