@@ -136,7 +136,7 @@ fn channel_config(config: &Config, server: &Server) -> anyhow::Result<grpc::Conf
     Ok(channel)
 }
 
-fn policy(config: &Config) -> Policy {
+pub fn policy(config: &Config) -> Policy {
     let exchange = match config.compliance {
         Compliance::None => KeyExchange::PreferPostQuantum,
         Compliance::Pqc => KeyExchange::PostQuantumOnly,

@@ -12,6 +12,7 @@ mod assembly;
 pub mod config;
 mod descriptor;
 pub mod discovery;
+pub mod doctor;
 pub mod http_server;
 pub mod identities;
 pub mod mesh;

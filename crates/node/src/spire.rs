@@ -95,9 +95,13 @@ pub fn own_key(config: &Config) -> anyhow::Result<WorkloadKey> {
 fn broker(config: &Config, own: &dyn Source) -> anyhow::Result<broker::Broker> {
     let endpoint = config.spire.broker.clone().context("SPIFFE_BROKER_SOCKET is not set")?;
     let own = own.watch(&own_key(config)?, Priority::OnDemand);
-    let expected = match &config.spire.agent {
+    Ok(broker::Broker::new(endpoint, own, expected_agent(config)))
+}
+
+/// Who has to answer at the Broker API.
+pub fn expected_agent(config: &Config) -> broker::ExpectedAgent {
+    match &config.spire.agent {
         Some(id) => broker::ExpectedAgent::Exactly(id.clone()),
         None => broker::ExpectedAgent::AnyOfTrustDomain,
-    };
-    Ok(broker::Broker::new(endpoint, own, expected))
+    }
 }

@@ -7,6 +7,7 @@
 
 mod control_plane;
 mod demo;
+mod doctor;
 mod enroll;
 mod exit;
 mod identity;
@@ -59,6 +60,8 @@ enum Command {
     /// Show where each pod's identity comes from, and why it has none
     #[command(subcommand)]
     Identity(identity::Command),
+    /// Find what keeps a proxy with these settings from its work; exit code 1 if a check fails
+    Doctor(doctor::Args),
     /// Check files of workloads, services and policies
     Validate {
         /// Files or folders; all of them together make one mesh
@@ -97,6 +100,7 @@ fn main() -> ExitCode {
         Command::Certificates(args) => inspect::run(inspect::View::Certificates, &args),
         Command::Connections(args) => inspect::run(inspect::View::Connections, &args),
         Command::Identity(command) => identity::run(command),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Validate { files } => control_plane::validate(&files),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "zspire", &mut std::io::stdout());

@@ -212,7 +212,7 @@ impl fmt::Debug for HeldProcess {
 }
 
 /// The user that SPIRE's attestor `unix` finds.
-fn effective_user(pid: u32) -> Option<u32> {
+pub fn effective_user(pid: u32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().nth(1)?.parse().ok()
 }
