@@ -220,7 +220,8 @@ async fn another_identity_than_expected_is_refused_by_name() {
 
     let mut rig = Rig::with(Config { accept_other_id: true, ..Config::default() });
     let mut web = rig.watch(WEB, "pod-1");
-    rig.stream().await.send(rig.update(DB)).unwrap();
+    let accepted = rig.stream().await;
+    accepted.send(rig.update(DB)).unwrap();
     assert_eq!(until(&mut web, "ready").await.credentials().unwrap().id().as_str(), DB, "where that is configured");
 
     // To an agent that attests users alone, a process of the proxy's user is the proxy.
@@ -228,7 +229,8 @@ async fn another_identity_than_expected_is_refused_by_name() {
     let process = Reference::Process(Arc::new(FakeProcess { over, of_own_user: true }));
     rig.locate.0.lock().unwrap().insert("pod-2".into(), process);
     let mut web = rig.watch(WEB, "pod-2");
-    rig.stream().await.send(rig.update(DB)).unwrap();
+    let stream = rig.stream().await;
+    stream.send(rig.update(DB)).unwrap();
     let failed = why(until(&mut web, "failed").await);
     assert!(failed.contains(WEB) && failed.contains(DB), "{failed}");
 }
