@@ -77,6 +77,19 @@ impl Host {
                 shell
             }
         };
+        self.configure(&mut command);
+        in_netns(&self.netns, command)
+    }
+
+    /// Another command than the proxy, with the proxy's settings.
+    pub(crate) fn with_settings(&self, arguments: &[&str]) -> Command {
+        let mut command = self.world.zspire(arguments);
+        self.configure(&mut command);
+        in_netns(&self.netns, command)
+    }
+
+    fn configure(&self, command: &mut Command) {
+        let world = &self.world;
         match self.serves {
             Serves::Pod => {
                 command
@@ -114,7 +127,6 @@ impl Host {
             command.env(format!("ZSPIRE_{name}_PORT"), self.port(port).to_string());
         }
         command.envs(&self.environment);
-        in_netns(&self.netns, command)
     }
 
     /// A port of the proxy where its host is.

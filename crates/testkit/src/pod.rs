@@ -189,6 +189,11 @@ impl Pod {
         self.0.host.proxy_command()
     }
 
+    /// A command with the settings of its proxy, where the proxy is.
+    pub fn with_settings(&self, arguments: &[&str]) -> Command {
+        self.0.host.with_settings(arguments)
+    }
+
     /// Does something with its proxy's process.
     #[track_caller]
     pub fn proxy<T>(&self, f: impl FnOnce(&mut Process) -> T) -> T {

@@ -4,6 +4,7 @@
 //! user. What SPIRE cannot be made to do is tested in `zspire-identity`, against a fake agent.
 
 mod entries;
+mod operating;
 mod own;
 mod refusals;
 mod serving;
