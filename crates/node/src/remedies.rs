@@ -2,7 +2,68 @@
 //!
 //! `zspire identity explain` and `zspire doctor` print the same. Nothing here is done, only said.
 
+use serde::Serialize;
 use zspire_identity::spire::broker::{KUBERNETES_REFERENCE, PROCESS_REFERENCE};
+
+/// Something to do: a sentence, and a command or lines of configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Step {
+    pub what: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+}
+
+impl Step {
+    /// A sentence.
+    pub fn new(what: impl Into<String>) -> Self {
+        Self { what: what.into(), text: None }
+    }
+
+    /// A sentence, and what it speaks of.
+    pub fn with_text(what: impl Into<String>, text: String) -> Self {
+        Self { what: what.into(), text: Some(text) }
+    }
+}
+
+/// What to do when an agent does not answer the proxy, `proxy` being the proxy's own SPIFFE ID; nothing if it is not the agent's
+/// configuration that is wrong.
+pub fn of_refusal(code: &str, why: &str, proxy: &str, by_process: bool) -> Option<Step> {
+    let why = why.to_lowercase();
+    let says = |words: &str| why.contains(words);
+    Some(match code {
+        "PermissionDenied" if says("delegate") => {
+            Step::with_text("agent.conf has to name the proxy; restart the agent after that:", delegate(proxy))
+        }
+        "PermissionDenied" if says("impersonate") || says("authorizer") => {
+            let what = "Kubernetes has to let the proxy act for pods (access_policy = \"enforced\"):";
+            Step::with_text(what, impersonation(proxy))
+        }
+        "PermissionDenied" => {
+            let what = "agent.conf has to name the proxy and the type of reference; restart the agent after that:";
+            Step::with_text(what, broker(proxy, by_process))
+        }
+        "Internal" if says("broker configuration missing") => {
+            let what =
+                "The agent's attestor of pods takes no references of brokers. Configure it, and restart the agent:";
+            Step::with_text(what, attestor(proxy))
+        }
+        "Internal" if says("kubernetes client") => Step::new(
+            "access_policy = \"enforced\" asks Kubernetes, and the agent cannot reach it. See the agent's log.",
+        ),
+        "Unimplemented" => Step::new(
+            "The agent is too old: the Broker API needs SPIRE 1.15.2, the Delegated Identity API by process 1.10.2. Or the socket is \
+             another one's.",
+        ),
+        "Unavailable" if says("refuses the proxy's own svid") || says("bad certificate") => {
+            let what = "The proxy is not among the agent's brokers. Name it in agent.conf, and restart the agent:";
+            Step::with_text(what, broker(proxy, by_process))
+        }
+        "Unavailable" if says("tls with the spire agent") => Step::new(
+            "Whoever answers there has not proved to be the agent: see SPIFFE_BROKER_SOCKET, SPIRE_AGENT_ID and TRUST_DOMAIN.",
+        ),
+        _ => return None,
+    })
+}
 
 /// A registration entry, as a command.
 #[derive(Debug, Clone)]
@@ -90,6 +151,34 @@ mod tests {
         let unknown = Registration { parent: None, ..known };
         assert!(unknown.command().contains("-parentID PARENT "));
         assert!(unknown.about_parent().unwrap().contains("spire-server agent list"));
+    }
+
+    #[test]
+    fn each_refusal_has_its_remedy() {
+        for (code, why, remedy) in [
+            (
+                "PermissionDenied",
+                "caller not configured as an authorized delegate",
+                "authorized_delegates = [\"spiffe://td/proxy\"]",
+            ),
+            ("PermissionDenied", "Kubernetes authorizer does not allow …", "verbs: [impersonate-via-spire]"),
+            ("PermissionDenied", "reference type not allowed", "allowed_reference_types"),
+            ("Internal", "broker configuration missing", "WorkloadAttestor \"k8s\""),
+            ("Internal", "unable to set up Kubernetes client", "cannot reach it"),
+            (
+                "Unavailable",
+                "the SPIRE agent at unix:///b refuses the proxy's own SVID, spiffe://td/proxy",
+                "id = \"spiffe://td/proxy\"",
+            ),
+            ("Unavailable", "remote error: tls: bad certificate", "id = \"spiffe://td/proxy\""),
+            ("Unavailable", "TLS with the SPIRE agent at unix:///b: another was expected", "SPIRE_AGENT_ID"),
+            ("Unimplemented", "", "1.15.2"),
+        ] {
+            let step = of_refusal(code, why, "spiffe://td/proxy", false).unwrap();
+            let said = format!("{} {}", step.what, step.text.unwrap_or_default());
+            assert!(said.contains(remedy), "{code} {why}: {said}");
+        }
+        assert_eq!(of_refusal("Unavailable", "connection refused", "spiffe://td/proxy", false), None);
     }
 
     #[test]

@@ -8,7 +8,8 @@ use std::process::ExitCode;
 use clap::Args as ClapArgs;
 use serde::Deserialize;
 use zspire_node::config::Config;
-use zspire_node::doctor::{self, Finding, Outcome, Step};
+use zspire_node::doctor::{self, Finding, Outcome};
+use zspire_node::remedies::Step;
 
 use crate::exit;
 use crate::identity::page::Page;
@@ -38,7 +39,10 @@ pub(crate) fn run(args: &Args) -> ExitCode {
     let mut findings = runtime.block_on(doctor::examine(&config));
     drop(runtime);
     let admin = args.admin.clone().unwrap_or_else(|| format!("localhost:{}", config.addresses.admin));
-    findings.extend(running(&admin, args.admin.is_some(), &config.trust_domain));
+    let running = running(&admin, args.admin.is_some(), &config.trust_domain);
+    // What the proxy knows of the mesh is what counts; without one there is the file.
+    findings.retain(|finding| finding.check != doctor::MESH || !running.iter().any(|it| it.check == doctor::MESH));
+    findings.extend(running);
     let _ = exit::print(&match args.output {
         inspect::Output::Json => json(&findings),
         inspect::Output::Table => text(&findings),

@@ -13,6 +13,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::config::{Config, IdentitySource, LocalXds};
+use crate::remedies::Step;
 
 /// Longest time for one question.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -26,14 +27,6 @@ pub struct Finding {
     pub what: String,
     /// What to do, in order.
     pub next: Vec<Step>,
-}
-
-/// Something to do: a sentence, and a command or lines of configuration.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Step {
-    pub what: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub text: Option<String>,
 }
 
 /// How a check ended.
@@ -71,15 +64,14 @@ impl Finding {
 
     /// One more thing to do.
     #[must_use]
-    pub fn next(mut self, what: impl Into<String>) -> Self {
-        self.next.push(Step { what: what.into(), text: None });
-        self
+    pub fn next(self, what: impl Into<String>) -> Self {
+        self.step(Step::new(what))
     }
 
-    /// One more thing to do, with the text of it.
+    /// One more thing to do.
     #[must_use]
-    fn next_text(mut self, what: impl Into<String>, text: String) -> Self {
-        self.next.push(Step { what: what.into(), text: Some(text) });
+    fn step(mut self, step: Step) -> Self {
+        self.next.push(step);
         self
     }
 }
@@ -143,17 +135,19 @@ fn mesh_file(config: &Config, source: &LocalXds) -> Vec<Finding> {
     }
 }
 
+/// The check of [`trust_domains_of`].
+pub const MESH: &str = "trust domain of the mesh";
+
 /// Whether the mesh is of the trust domain that this proxy believes to be in; `domains` are those of its workloads, counted.
 pub fn trust_domains_of(domains: &BTreeMap<String, usize>, ours: &str) -> Finding {
-    const CHECK: &str = "trust domain of the mesh";
     let list: Vec<String> = domains.iter().map(|(domain, count)| format!("{domain} ({count})")).collect();
     match domains.get(ours) {
-        _ if domains.is_empty() => Finding::skip(CHECK, "discovery names no workload"),
-        None => Finding::fail(CHECK, format!("no workload is of {ours}: discovery says {}", list.join(", "))).next(
+        _ if domains.is_empty() => Finding::skip(MESH, "discovery names no workload"),
+        None => Finding::fail(MESH, format!("no workload is of {ours}: discovery says {}", list.join(", "))).next(
             "Set TRUST_DOMAIN to the mesh's trust domain (Istio: meshConfig.trustDomain), or the mesh's to SPIRE's.",
         ),
-        Some(_) if domains.len() == 1 => Finding::ok(CHECK, format!("every workload is of {ours}")),
-        Some(_) => Finding::ok(CHECK, list.join(", ") + ": others than our own have to be federated"),
+        Some(_) if domains.len() == 1 => Finding::ok(MESH, format!("every workload is of {ours}")),
+        Some(_) => Finding::ok(MESH, list.join(", ") + ": others than our own have to be federated"),
     }
 }
 

@@ -30,7 +30,7 @@ use crate::config::{Config, IdentitySource, Mode};
 use crate::pods::PodInfo;
 use crate::pods::identity::Expected;
 use crate::pods::references::effective_user;
-use crate::remedies::{self, Registration};
+use crate::remedies::{self, Registration, Step};
 use crate::{identities, rfc3339_seconds, spire};
 
 /// A pod that nobody has: an agent that may be asked says that it does not know it.
@@ -176,7 +176,7 @@ fn unregistered(config: &Config) -> Finding {
         _ => effective_user(std::process::id()).map(|user| format!("unix:uid:{user}")).into_iter().collect(),
     };
     let registration = Registration { parent: None, id: id.as_str(), selectors: &selectors };
-    let found = found.next_text("Register the proxy:", registration.command());
+    let found = found.step(Step::with_text("Register the proxy:", registration.command()));
     let found = registration.about_parent().into_iter().fold(found, |found, about| found.next(format!("{about}.")));
     found.next("If there is an entry: an agent takes up to ten seconds to know of it, and this user has to be the one that it names.")
 }
@@ -240,36 +240,18 @@ async fn as_broker(config: &Config, own: Option<&SpiffeId>) -> Vec<Finding> {
 }
 
 fn broker_finding(check: &'static str, refusal: Option<&Refusal>, own: &str, by_process: bool) -> Finding {
-    let Some(refusal) = refusal else {
-        return Finding::ok(check, "the agent has answered a question about this process");
-    };
-    let (why, failed) = (refusal.why.to_lowercase(), Finding::fail(check, told(refusal)));
-    match refusal.code {
-        "NotFound" => Finding::ok(check, "the agent says of a pod that does not exist that it does not exist"),
-        "Internal" if why.contains("broker configuration missing") => failed.next_text(
-            "The agent's attestor of pods takes no references of brokers. Configure it in agent.conf, and restart the agent:",
-            remedies::attestor(own),
-        ),
-        "Internal" if why.contains("kubernetes client") => {
-            failed.next("access_policy = \"enforced\" asks Kubernetes, and the agent cannot reach it. See the agent's log.")
+    match refusal {
+        None => Finding::ok(check, "the agent has answered a question about this process"),
+        Some(refusal) if refusal.code == "NotFound" => {
+            Finding::ok(check, "the agent says of a pod that does not exist that it does not exist")
         }
-        "PermissionDenied" if why.contains("impersonate") || why.contains("authorizer") => {
-            failed.next_text("Kubernetes has to let the proxy act for pods:", remedies::impersonation(own))
-        }
-        "PermissionDenied" => failed.next_text(
-            "agent.conf has to name the proxy and the type of reference; restart the agent after that:",
-            remedies::broker(own, by_process),
-        ),
-        "Unavailable" if why.contains("alert") || why.contains("bad certificate") => failed.next_text(
-            "The agent refuses the proxy's certificate: it is not among its brokers. Name it in agent.conf, and restart the agent:",
-            remedies::broker(own, by_process),
-        ),
-        "Unavailable" if why.contains("tls with the spire agent") => failed.next(
-            "Whoever answers there has not proved to be the agent: see SPIFFE_BROKER_SOCKET, SPIRE_AGENT_ID and TRUST_DOMAIN.",
-        ),
-        "Unimplemented" => failed.next("The Broker API needs SPIRE 1.15.2 or newer."),
-        _ => failed.next("The agent's log says why."),
+        Some(refusal) => Finding::fail(check, told(refusal)).step(remedy(refusal, own, by_process)),
     }
+}
+
+fn remedy(refusal: &Refusal, own: &str, by_process: bool) -> Step {
+    let known = remedies::of_refusal(refusal.code, &refusal.why, own, by_process);
+    known.unwrap_or_else(|| Step::new("The agent's log says why."))
 }
 
 /// Asks the Delegated Identity API about this process.
@@ -289,24 +271,20 @@ async fn as_delegate(config: &Config, own: Option<&SpiffeId>) -> Finding {
 }
 
 fn delegate_finding(check: &'static str, refusal: &Refusal, config: &Config, own: Option<&SpiffeId>) -> Finding {
-    let (why, failed) = (refusal.why.to_lowercase(), Finding::fail(check, told(refusal)));
-    match refusal.code {
-        "PermissionDenied" if why.contains("delegate") => {
-            let id = own.cloned().or_else(|| expected_of_own(config)).map(|id| id.to_string());
-            failed.next_text(
-                "agent.conf has to name the proxy; restart the agent after that:",
-                remedies::delegate(id.as_deref().unwrap_or("SPIFFE ID of the proxy")),
-            )
-        }
-        "PermissionDenied" => Finding { check, ..unregistered(config) },
-        // It has looked at the process, so it takes questions from here.
-        "Unavailable" if why.contains("attestation failed") => {
-            Finding::warn(check, format!("the agent takes questions, but does not see this process: {}", refusal.why))
-                .next("Agent and proxy have to be in the host's process namespace (hostPID: true).")
-        }
-        "Unimplemented" => failed.next("The Delegated Identity API by process needs SPIRE 1.10.2 or newer."),
-        _ => failed.next("The agent's log says why."),
+    if refusal.why.contains("no identity issued") {
+        return Finding { check, ..unregistered(config) };
     }
+    // It has looked at the process, so it takes questions from here.
+    if refusal.code == "Unavailable" && refusal.why.contains("attestation failed") {
+        return Finding::warn(
+            check,
+            format!("the agent takes questions, but does not see this process: {}", refusal.why),
+        )
+        .next("Agent and proxy have to be in the host's process namespace (hostPID: true).");
+    }
+    let id = own.cloned().or_else(|| expected_of_own(config)).map(|id| id.to_string());
+    let own = id.as_deref().unwrap_or("SPIFFE ID of the proxy");
+    Finding::fail(check, told(refusal)).step(remedy(refusal, own, true))
 }
 
 /// Whether the processes of pods can be seen from here.
@@ -423,19 +401,9 @@ mod tests {
         let finding = |answer: Option<Refusal>| broker_finding("x", answer.as_ref(), "spiffe://td/proxy", false);
         assert_eq!(finding(None).outcome, Outcome::Ok);
         assert_eq!(finding(Some(refusal("NotFound", "pod with UID … not found"))).outcome, Outcome::Ok);
-        for (code, why, next) in [
-            ("Unavailable", "remote error: tls: bad certificate", "brokers = ["),
-            ("Unavailable", "received fatal alert: CertificateUnknown", "brokers = ["),
-            ("Unavailable", "TLS with the SPIRE agent at unix:///b: is not one of those expected", "SPIRE_AGENT_ID"),
-            ("PermissionDenied", "reference type not allowed", "KubernetesObjectReference"),
-            ("PermissionDenied", "Kubernetes authorizer does not allow", "impersonate-via-spire"),
-            ("Internal", "broker configuration missing", "access_policy"),
-            ("Unimplemented", "", "1.15.2"),
-        ] {
-            let finding = finding(Some(refusal(code, why)));
-            assert_eq!(finding.outcome, Outcome::Fail);
-            assert!(text(&finding).contains(next), "{code} {why}: {}", text(&finding));
-        }
+        let refused = finding(Some(refusal("PermissionDenied", "reference type not allowed")));
+        assert_eq!(refused.outcome, Outcome::Fail);
+        assert!(text(&refused).contains("KubernetesObjectReference"), "{}", text(&refused));
     }
 
     #[test]

@@ -2,25 +2,10 @@
 //!
 //! A function of the page alone, so that what is advised is a table in the tests.
 
-use zspire_node::remedies::{self, Registration};
+use zspire_node::remedies::{self, Registration, Step};
 
 use super::moment::{ago, until};
 use super::page::{Identity, LastError, Svid};
-
-/// A step of what to do: a sentence, and a command or lines of configuration.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Advice {
-    pub(super) what: String,
-    pub(super) text: Option<String>,
-}
-
-fn advice(what: impl Into<String>) -> Advice {
-    Advice { what: what.into(), text: None }
-}
-
-fn with_text(what: impl Into<String>, text: String) -> Advice {
-    Advice { what: what.into(), text: Some(text) }
-}
 
 /// The whole story. `own` is the proxy's own SVID, `now` in seconds since 1970.
 pub(super) fn text(identity: &Identity, own: Option<&Identity>, now: i64) -> String {
@@ -34,7 +19,7 @@ pub(super) fn text(identity: &Identity, own: Option<&Identity>, now: i64) -> Str
         text.push_str(&format!("  {line}\n"));
     }
     text.push_str("\nWhat to do\n");
-    for Advice { what, text: lines } in advise(identity, own) {
+    for Step { what, text: lines } in advise(identity, own) {
         text.push_str(&format!("  {what}\n"));
         if let Some(lines) = lines {
             text.push('\n');
@@ -60,10 +45,7 @@ fn asked(identity: &Identity, own: Option<&Identity>) -> Vec<String> {
     let mut lines = Vec::new();
     match &identity.asked {
         Some(asked) => {
-            let times = match identity.asked_times {
-                1 => "once".into(),
-                times => format!("{times} times"),
-            };
+            let times = times(identity.asked_times);
             lines.push(format!("{} was asked {times}, about {}.", identity.source, asked.reference));
             if !asked.selectors.is_empty() {
                 lines.push(format!("Selectors: {}.", asked.selectors.join(", ")));
@@ -78,6 +60,10 @@ fn asked(identity: &Identity, own: Option<&Identity>) -> Vec<String> {
         lines.push(format!("Expected: {expected}."));
     }
     lines
+}
+
+pub(super) fn times(count: u64) -> String {
+    if count == 1 { "once".into() } else { format!("{count} times") }
 }
 
 fn answered(identity: &Identity, now: i64) -> Vec<String> {
@@ -115,83 +101,65 @@ pub(super) fn described(svid: &Svid) -> String {
 }
 
 /// What to do, in order.
-pub(super) fn advise(identity: &Identity, own: Option<&Identity>) -> Vec<Advice> {
+pub(super) fn advise(identity: &Identity, own: Option<&Identity>) -> Vec<Step> {
     let Some(error) = identity.error() else {
         return match (identity.is_ready(), &identity.why) {
-            (true, _) => vec![advice("Nothing: it is renewed by itself.")],
-            (false, Some(why)) => vec![advice(format!("Wait: {why}."))],
-            (false, None) => vec![advice("Wait for the first answer.")],
+            (true, _) => vec![Step::new("Nothing: it is renewed by itself.")],
+            (false, Some(why)) => vec![Step::new(format!("Wait: {why}."))],
+            (false, None) => vec![Step::new("Wait for the first answer.")],
         };
     };
     let mut all = about(identity, error, own);
     if identity.is_ready() {
-        all.insert(0, advice("Nothing at once: the last SVID is in use until it expires. But:"));
+        all.insert(0, Step::new("Nothing at once: the last SVID is in use until it expires. But:"));
     }
     all
 }
 
-fn about(identity: &Identity, error: &LastError, own: Option<&Identity>) -> Vec<Advice> {
-    let why = error.why.to_lowercase();
+fn about(identity: &Identity, error: &LastError, own: Option<&Identity>) -> Vec<Step> {
     let by_process = identity.asked.as_ref().is_some_and(|asked| asked.kind == "process");
-    let proxy = own.and_then(|own| own.certificate.as_ref()).map_or("PROXY", |certificate| certificate.id.as_str());
+    let proxy = own.and_then(|own| own.certificate.as_ref()).map(|certificate| certificate.id.as_str());
     match error.code.as_str() {
         "NoEntry" => register(identity),
-        "Unusable" => unusable(identity),
+        "Unusable" => unusable(identity, proxy),
         "NotLocated" => not_located(),
         "NotFound" => vec![
-            advice("The agent does not know the pod. For some seconds after a pod has begun that is usual: wait."),
-            advice("If it stays: the pod must be on the agent's node, with the UID that the agent was asked about."),
+            Step::new("The agent does not know the pod. For some seconds after a pod has begun that is usual: wait."),
+            Step::new("If it stays: the pod must be on the agent's node, with the UID that the agent was asked about."),
         ],
-        _ if why.contains("no identity issued") => {
-            let mut all = vec![advice("The agent knows nothing of the proxy itself: register the proxy.")];
+        _ if error.why.contains("no identity issued") => {
+            let mut all = vec![Step::new("The agent knows nothing of the proxy itself: register the proxy.")];
             all.extend(own.map(register).unwrap_or_default());
-            all.push(advice("`zspire doctor` prints the command, with the selectors of the proxy's process."));
+            all.push(Step::new("`zspire doctor` prints the command, with the selectors of the proxy's process."));
             all
         }
-        "PermissionDenied" if why.contains("delegate") => {
-            vec![with_text("Make the proxy a delegate of the agent, and restart the agent:", remedies::delegate(proxy))]
-        }
-        "PermissionDenied" if why.contains("impersonate") || why.contains("authorizer") => vec![with_text(
-            "Kubernetes does not let the proxy act for the pod (access_policy = \"enforced\"). Allow it:",
-            remedies::impersonation(proxy),
-        )],
-        "PermissionDenied" => vec![with_text(
-            "The agent does not let the proxy ask in this way. Its configuration has to name the proxy and the type of reference:",
-            remedies::broker(proxy, by_process),
-        )],
-        "Internal" if why.contains("broker configuration missing") => vec![with_text(
-            "The agent's attestor of pods takes no references of brokers. Configure it, and restart the agent:",
-            remedies::attestor(proxy),
-        )],
-        "Unimplemented" => {
-            vec![advice("The agent is too old, or the socket is another one's: the Broker API needs SPIRE 1.15.2.")]
-        }
-        "Unavailable" if why.contains("bad certificate") || why.contains("badcertificate") => vec![with_text(
-            "The agent refuses the proxy's certificate: the proxy is not among its brokers. Name it, and restart the agent:",
-            remedies::broker(proxy, by_process),
-        )],
-        "Unavailable" if why.contains("expected one of") || why.contains("is not expected") => vec![advice(
-            "Whoever answers at SPIFFE_BROKER_SOCKET is not the agent: see SPIRE_AGENT_ID, and the socket.",
-        )],
-        _ => vec![
-            advice("Look at the agent or the CA: is it there, is its socket mounted, may this user use it?"),
-            advice("`zspire doctor`, run where the proxy runs and with its settings, looks at each of them."),
-        ],
+        code => match remedies::of_refusal(code, &error.why, proxy.unwrap_or("PROXY"), by_process) {
+            Some(step) if step.text.is_some() && proxy.is_none() => {
+                vec![step, Step::new("PROXY is the proxy's own SPIFFE ID: `zspire doctor` says which.")]
+            }
+            Some(step) => vec![step],
+            None => vec![
+                Step::new("Look at the agent or the CA: is it there, is its socket mounted, may this user use it?"),
+                Step::new("`zspire doctor`, run where the proxy runs and with its settings, looks at each of them."),
+            ],
+        },
     }
 }
 
-fn register(identity: &Identity) -> Vec<Advice> {
+fn register(identity: &Identity) -> Vec<Step> {
     let selectors = selectors(identity);
     let registration = Registration {
         parent: identity.agent.as_deref(),
         id: identity.expected_id.as_deref().unwrap_or("SPIFFE_ID"),
         selectors: &selectors,
     };
-    let mut all = vec![with_text("Register it:", registration.command())];
-    all.extend(registration.about_parent().map(|about| advice(format!("{about}."))));
-    all.push(advice("An agent takes up to ten seconds to know of a new entry; then it is served without a restart."));
+    let mut all = vec![Step::with_text("Register it:", registration.command())];
+    all.extend(registration.about_parent().map(|about| Step::new(format!("{about}."))));
+    all.push(Step::new(
+        "An agent takes up to ten seconds to know of a new entry; then it is served without a restart.",
+    ));
     if identity.asked.as_ref().is_some_and(|asked| asked.kind == "pod") {
-        all.push(advice("If there is an entry: by pod, `k8s:container-*` and `unix:*` never match."));
+        all.push(Step::new("If there is an entry: by pod, `k8s:container-*` and `unix:*` never match."));
     }
     all
 }
@@ -206,36 +174,42 @@ fn selectors(identity: &Identity) -> Vec<String> {
     }
 }
 
-fn not_located() -> Vec<Advice> {
+fn not_located() -> Vec<Step> {
     vec![
-        advice(
+        Step::new(
             "No process of the pod is seen. It is looked for again by itself; a pod whose process has not begun has none.",
         ),
-        advice("If it runs: the proxy has to see the host's processes (`hostPID: true` in Kubernetes)."),
+        Step::new("If it runs: the proxy has to see the host's processes (`hostPID: true` in Kubernetes)."),
     ]
 }
 
-fn unusable(identity: &Identity) -> Vec<Advice> {
+fn unusable(identity: &Identity, proxy: Option<&str>) -> Vec<Step> {
     let offered = identity.answer.as_deref().unwrap_or_default();
-    let Some(expected) = &identity.expected_id else { return vec![advice("See the error above.")] };
+    let Some(expected) = &identity.expected_id else { return vec![Step::new("See the error above.")] };
     let matching: Vec<&Svid> = offered.iter().filter(|svid| svid.id == *expected).collect();
     let domain = |id: &str| id.strip_prefix("spiffe://").and_then(|rest| rest.split('/').next()).map(str::to_owned);
     match matching[..] {
+        [] if offered.iter().any(|svid| Some(&*svid.id) == proxy) => vec![
+            Step::new(
+                "To the agent the process is the proxy: it runs as the proxy's user. Run the application as another user,",
+            ),
+            Step::new("or register it by what tells them apart (`k8s:…`) and the proxy by more than its user."),
+        ],
         [] if offered.iter().all(|svid| domain(&svid.id) != domain(expected)) => {
             let of = offered.first().and_then(|svid| domain(&svid.id)).unwrap_or_default();
-            vec![advice(format!(
+            vec![Step::new(format!(
                 "The agent is of another trust domain: set TRUST_DOMAIN={of} for the proxy, or ask another agent."
             ))]
         }
         [] => vec![
-            advice(format!(
+            Step::new(format!(
                 "Give the registration entry the SPIFFE ID {expected} (`spire-server entry update -entryID …`)."
             )),
-            advice(
+            Step::new(
                 "Or make the proxy expect such IDs, all of them: SPIFFE_ID_TEMPLATE. For this one: SPIFFE_ACCEPT_OTHER_ID=true.",
             ),
         ],
-        [_] => vec![advice(
+        [_] => vec![Step::new(
             "The certificate or its key does not pass the checks: see the error above. If it is not valid yet, or not any more, \
              compare this machine's clock with the SPIRE server's.",
         )],
@@ -244,9 +218,9 @@ fn unusable(identity: &Identity) -> Vec<Advice> {
                 matching.iter().map(|svid| svid.hint.as_str()).filter(|hint| !hint.is_empty()).collect();
             let hint = hints.first().copied().unwrap_or("HINT");
             let mut all =
-                vec![advice(format!("Several entries give it this ID. Say which is meant: SPIFFE_HINT={hint}"))];
+                vec![Step::new(format!("Several entries give it this ID. Say which is meant: SPIFFE_HINT={hint}"))];
             if hints.len() < matching.len() {
-                all.push(advice("Entries get a hint by `spire-server entry update -hint`."));
+                all.push(Step::new("Entries get a hint by `spire-server entry update -hint`."));
             }
             all
         }
@@ -334,6 +308,12 @@ mod tests {
 
     #[test]
     fn each_answer_has_its_advice() {
+        let refused = waiting("PermissionDenied", "caller not configured as an authorized delegate");
+        let steps = advise(&refused, None);
+        assert!(
+            steps[0].text.as_ref().unwrap().contains("[\"PROXY\"]") && steps[1].what.contains("PROXY is"),
+            "{steps:?}"
+        );
         for (code, why, advice) in [
             ("NoEntry", "no entry matches", "-parentID PARENT"),
             ("NotLocated", "no process of the pod", "hostPID"),
@@ -344,12 +324,7 @@ mod tests {
                 "authorized_delegates = [\"spiffe://td/ztunnel\"]",
             ),
             ("PermissionDenied", "no identity issued", "register the proxy"),
-            ("PermissionDenied", "Kubernetes authorizer does not allow …", "verbs: [impersonate-via-spire]"),
-            ("PermissionDenied", "reference type not allowed", "allowed_reference_types"),
-            ("Internal", "broker configuration missing", "WorkloadAttestor \"k8s\""),
-            ("Unavailable", "received fatal alert: BadCertificate", "id = \"spiffe://td/ztunnel\""),
             ("Unavailable", "cannot connect to unix:///a: No such file", "zspire doctor"),
-            ("Unimplemented", "", "1.15.2"),
         ] {
             let advised = advised(&waiting(code, why)).to_lowercase();
             assert!(advised.contains(&advice.to_lowercase()), "{code} {why}: {advised}");
@@ -359,6 +334,7 @@ mod tests {
     #[test]
     fn what_is_offered_decides_what_is_wrong_with_it() {
         for (offers, advice) in [
+            (offered(&[("spiffe://td/ztunnel", "")]), "runs as the proxy's user"),
             (
                 offered(&[("spiffe://td/web", "")]),
                 "Give the registration entry the SPIFFE ID spiffe://td/ns/shop/sa/web",

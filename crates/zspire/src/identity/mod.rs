@@ -122,8 +122,7 @@ fn about(one: &One, show: impl FnOnce(&Page, usize) -> ExitCode) -> ExitCode {
 
 /// The advice as JSON.
 fn explained(identity: &Identity, own: Option<&Identity>) -> String {
-    let step = |step: explain::Advice| serde_json::json!({ "what": step.what, "text": step.text });
-    let advice: Vec<_> = explain::advise(identity, own).into_iter().map(step).collect();
+    let advice = explain::advise(identity, own);
     let pod = identity.pod.as_ref().map(|pod| format!("{}/{}", pod.namespace, pod.name));
     let text = serde_json::json!({
         "pod": pod, "state": identity.state, "expectedId": identity.expected_id, "reference":
@@ -167,7 +166,7 @@ fn details(it: &Identity, now: i64) -> String {
     let since = it.since.as_deref().map_or_else(String::new, |at| format!(" since {at} ({})", ago(at, now)));
     add("State", Some(format!("{}{since}", it.state)));
     add("", it.why.clone().filter(|_| !it.is_ready()));
-    let times = |asked: &page::Asked| format!("about {}, {} times", asked.reference, it.asked_times);
+    let times = |asked: &page::Asked| format!("about {}, {}", asked.reference, explain::times(it.asked_times));
     add("Asked", it.asked.as_ref().map(times));
     add(
         "Selectors",
