@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use zspire_sys::netns::Netns;
@@ -13,7 +13,7 @@ use zspire_sys::process::in_netns;
 use crate::mesh::{World, lock};
 use crate::plan::{NAMESPACE, Source};
 use crate::process::Process;
-use crate::spire;
+use crate::spire::{self, Settings};
 use crate::wait::until;
 
 /// Where a proxy shows itself on loopback.
@@ -42,6 +42,8 @@ pub(crate) struct Host {
     pub(crate) descriptors: Option<u32>,
     pub(crate) hosts: bool,
     pub(crate) world: Arc<World>,
+    /// Whether its proxy asks SPIRE, where others ask a control plane.
+    pub(crate) moved: AtomicBool,
     /// How often its proxy was succeeded by another: they have different ports.
     pub(crate) generation: AtomicU16,
     pub(crate) proxy: Mutex<Option<Process>>,
@@ -103,7 +105,13 @@ impl Host {
             }
         }
         command.env("NODE_NAME", &self.node).env("LOG_FORMAT", "json").env("ZTUNNEL_WORKER_THREADS", "2");
-        match world.source {
+        let source = match world.source {
+            Source::Spire(Settings { from_control_plane: true, .. }) if !self.moved.load(Relaxed) => {
+                Source::ControlPlane
+            }
+            source => source,
+        };
+        match source {
             Source::Files => {
                 command.env("FAKE_CA", "true").env("LOCAL_XDS_PATH", self.folder().join("mesh.json"));
             }
@@ -115,7 +123,7 @@ impl Host {
                     .env("ZSPIRE_JOIN_TOKEN", self.folder().join(format!("{}.token", self.name)))
                     .env("ZSPIRE_STATE_DIR", self.folder().join(format!("{}.state", self.name)));
             }
-            Source::Spire { way, .. } => {
+            Source::Spire(Settings { way, .. }) => {
                 command.env("LOCAL_XDS_PATH", self.folder().join("mesh.json")).envs(spire::environment(
                     way,
                     self.folder(),

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::AtomicU16;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zspire_sys::netns::Netns;
@@ -22,7 +22,7 @@ use crate::host::{Host, Serves};
 use crate::plan::{Mode, NAMESPACE, Plan, PodPlan, SERVICE_PORT, Source, proxy_name};
 use crate::pod::Pod;
 use crate::process::Process;
-use crate::spire::{self, Spire, Way};
+use crate::spire::{self, Settings, Spire};
 use crate::wait::until;
 
 /// Names the program to test, in place of the one beside the tests.
@@ -31,6 +31,8 @@ const PROGRAM: &str = "ZSPIRE_TEST_PROGRAM";
 const CONTROL_PLANE_PORT: u16 = 15012;
 /// How much of each log is shown when a test fails.
 const SHOWN: usize = 6000;
+/// How many lines about something that went wrong are shown of what was before.
+const TROUBLES: usize = 20;
 
 /// What all processes of one test share.
 #[derive(Debug)]
@@ -76,7 +78,7 @@ impl Mesh {
         }
         let control_plane_runs = plan.control_plane_runs;
         let spire = match plan.source {
-            Source::Spire { way, lifetime } => Some(start_spire(&plan, way, lifetime, &nodes, &topology, &world)),
+            Source::Spire(settings) => Some(start_spire(&plan, settings, &nodes, &topology, &world)),
             Source::Files | Source::ControlPlane => None,
         };
         let (control_plane, enrolling, plan) = (Mutex::default(), Mutex::default(), Mutex::new(plan));
@@ -85,7 +87,7 @@ impl Mesh {
         let host = |pod: &Pod| format!("{} {}.test\n", pod.address(), pod.name());
         let hosts: String = mesh.pods.iter().map(host).collect();
         fs::write(mesh.path("hosts"), hosts).expect("the test's own folder");
-        if mesh.world.source == Source::ControlPlane {
+        if mesh.world.source.has_control_plane() {
             mesh.start_control_plane();
             mesh.issue_tokens();
             if !control_plane_runs {
@@ -219,6 +221,21 @@ impl Mesh {
         self.host(node).start_successor()
     }
 
+    /// Starts a proxy on a node that asks SPIRE; the one before, which asks the control plane, is returned as by
+    /// [`start_successor`](Self::start_successor).
+    #[track_caller]
+    pub fn move_to_spire(&self, node: &str) -> Process {
+        self.host(node).moved.store(true, Relaxed);
+        self.start_successor(node)
+    }
+
+    /// The reverse.
+    #[track_caller]
+    pub fn move_back(&self, node: &str) -> Process {
+        self.host(node).moved.store(false, Relaxed);
+        self.start_successor(node)
+    }
+
     /// The namespace of a node.
     #[track_caller]
     pub fn node(&self, node: &str) -> &Netns {
@@ -322,6 +339,9 @@ impl Mesh {
             .env("ZSPIRE_CP_ADMIN", "127.0.0.1:0")
             .env("ZSPIRE_CP_MESH", self.path("mesh.json"))
             .env("ZSPIRE_CP_STATE", self.path("control-plane"));
+        if self.spire.is_some() {
+            command.env("ZSPIRE_CP_CACERTS", self.path(spire::CACERTS));
+        }
         in_netns(self.topology.uplink(), command)
     }
 
@@ -345,14 +365,7 @@ impl Mesh {
 
 /// Starts a SPIRE around the nodes.
 #[track_caller]
-fn start_spire(
-    plan: &Plan,
-    way: Way,
-    lifetime: u32,
-    nodes: &[topology::Node],
-    topology: &Topology,
-    world: &World,
-) -> Spire {
+fn start_spire(plan: &Plan, settings: Settings, nodes: &[topology::Node], topology: &Topology, world: &World) -> Spire {
     let node = |(n, node): (usize, &'_ topology::Node)| spire::Node {
         name: node.name.clone(),
         netns: node.netns.clone(),
@@ -360,7 +373,7 @@ fn start_spire(
     };
     let nodes: Vec<_> = nodes.iter().enumerate().map(node).collect();
     let uplink = (topology.uplink(), topology.uplink_address());
-    Spire::start(way, lifetime, world.folder.path(), uplink, &nodes)
+    Spire::start(settings, world.folder.path(), uplink, &nodes)
 }
 
 fn pod_host(plan: &Plan, pod: &PodPlan, netns: &Netns, world: &Arc<World>) -> Host {
@@ -373,6 +386,7 @@ fn pod_host(plan: &Plan, pod: &PodPlan, netns: &Netns, world: &Arc<World>) -> Ho
         descriptors: pod.descriptors,
         hosts: pod.hosts,
         world: world.clone(),
+        moved: AtomicBool::new(false),
         generation: AtomicU16::new(0),
         proxy: Mutex::default(),
         agent: Mutex::default(),
@@ -401,6 +415,7 @@ fn node_host(plan: &Plan, node: usize, netns: &Netns, world: &Arc<World>) -> Hos
         descriptors: pods().find_map(|pod| pod.descriptors),
         hosts: pods().any(|pod| pod.hosts),
         world: world.clone(),
+        moved: AtomicBool::new(false),
         generation: AtomicU16::new(0),
         proxy: Mutex::default(),
         agent: Mutex::default(),
@@ -499,10 +514,18 @@ fn show_logs(folder: &Path) {
     logs.sort();
     for path in logs {
         let text = fs::read(&path).unwrap_or_default();
-        let tail = String::from_utf8_lossy(&text[text.len().saturating_sub(SHOWN)..]).into_owned();
+        let (before, tail) = text.split_at(text.len().saturating_sub(SHOWN));
+        let tail = format!("{}{}", troubles(&String::from_utf8_lossy(before)), String::from_utf8_lossy(tail));
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let _ = writeln!(std::io::stderr(), "---- {name}\n{tail}");
     }
+}
+
+/// The last lines that are about something that went wrong.
+fn troubles(log: &str) -> String {
+    let is_one = |line: &&str| ["\"level\":\"warn\"", "\"level\":\"error\""].iter().any(|level| line.contains(level));
+    let lines: Vec<&str> = log.lines().filter(is_one).collect();
+    lines[lines.len().saturating_sub(TROUBLES)..].iter().map(|line| format!("{line}\n")).collect()
 }
 
 /// A test that panicked elsewhere is no reason to hide its logs.

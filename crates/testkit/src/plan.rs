@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::mesh::Mesh;
 use crate::policy::Policy;
-use crate::spire::Way;
+use crate::spire::{Settings, Way};
 
 /// The namespace of everything in a mesh.
 pub const NAMESPACE: &str = "test";
@@ -28,12 +28,14 @@ pub enum Source {
     /// A control plane, which each proxy joins with a token of its own.
     ControlPlane,
     /// A SPIRE, and the mesh as a file.
-    Spire {
-        /// How it is asked.
-        way: Way,
-        /// How long pods' SVIDs are good for, in seconds.
-        lifetime: u32,
-    },
+    Spire(Settings),
+}
+
+impl Source {
+    /// Whether there is a control plane.
+    pub(crate) fn has_control_plane(self) -> bool {
+        matches!(self, Self::ControlPlane | Self::Spire(Settings { from_control_plane: true, .. }))
+    }
 }
 
 /// Who serves pods.
@@ -492,15 +494,29 @@ impl Plan {
     #[must_use]
     pub fn spire(self, way: Way) -> Self {
         let mode = if way == Way::Own { Mode::Dedicated } else { Mode::Shared };
-        Self { mode, source: Source::Spire { way, lifetime: 300 }, ..self }
+        Self { mode, source: Source::Spire(Settings::new(way)), ..self }
     }
 
     /// SVIDs of pods are good for so many seconds.
     #[must_use]
     pub fn svids_for(mut self, seconds: u32) -> Self {
-        let Source::Spire { lifetime, .. } = &mut self.source else { panic!("SVIDs come from SPIRE") };
-        *lifetime = seconds;
+        self.spire_settings().lifetime = seconds;
         self
+    }
+
+    /// Proxies begin with a control plane, whose root signs for SPIRE as well ([`Mesh::move_to_spire`]).
+    #[must_use]
+    pub fn from_control_plane(mut self) -> Self {
+        self.spire_settings().from_control_plane = true;
+        self
+    }
+
+    #[track_caller]
+    fn spire_settings(&mut self) -> &mut Settings {
+        match &mut self.source {
+            Source::Spire(settings) => settings,
+            _ => panic!("this is said of a mesh with a SPIRE"),
+        }
     }
 
     /// The trust domain of a node's pods.

@@ -1,13 +1,13 @@
 //! Whose certificates are believed: SPIRE's CA is rotated, and trust domains begin and end to federate.
 
 use zspire_testkit::plan::captured;
-use zspire_testkit::spire::Way;
+use zspire_testkit::spire::{Authorities, Way};
 use zspire_testkit::{Pod, mesh, until};
 
 use super::{by, certificate, serial, wait_for_another, wait_for_state};
 use crate::traffic::{Load, connect, told};
 
-by!(each way: authority_is_rotated_under_load, federation_begins_and_ends);
+by!(each way: authority_is_rotated_under_load, federation_begins_and_ends, mesh_moves_from_the_control_plane);
 
 /// Waits until a pod trusts so many roots.
 #[track_caller]
@@ -32,7 +32,7 @@ fn authority_is_rotated_under_load(way: Way) {
     let next = || pods.map(|pod| wait_for_another(pod, &serial(pod)));
     load.during(2, || {
         for _ in 0..2 {
-            let (old, new) = spire.prepare_authority();
+            let Authorities { active: old, prepared: new, .. } = spire.prepare_authority();
             pods.iter().for_each(|pod| wait_for_roots(pod, 2));
             load.more(20);
             spire.authority("activate", &new);
@@ -87,4 +87,44 @@ fn federation_begins_and_ends(way: Way) {
     drop(app);
     let _app = server.greet();
     client.is_refused(server.app());
+}
+
+/// One node after the other, then the root that both had: nothing but SPIRE vouches for anybody in the end.
+fn mesh_moves_from_the_control_plane(way: Way) {
+    let mesh = mesh().spire(way).from_control_plane().node("a").pod("client").node("b").pod("server").start();
+    let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+    let nodes = [("a", &client), ("b", &server)];
+    let spire = mesh.spire().server(server.trust_domain());
+    let _app = server.greet();
+    client.reaches(server.app());
+    let load = Load::new(&client, &server);
+    load.during(2, || {
+        for (node, pod) in nodes {
+            assert_eq!(certificate(pod)["source"], "istio-ca");
+            let mut old = mesh.move_to_spire(node);
+            load.more(20);
+            old.terminate();
+            assert_eq!(old.ended().code(), Some(0));
+            load.more(20);
+            wait_for_state(pod, "Available");
+            assert_eq!(certificate(pod)["source"], way.source());
+        }
+        mesh.spire().change_root();
+        let Authorities { prepared, root, .. } = spire.prepare_authority();
+        nodes.iter().for_each(|(_, pod)| wait_for_roots(pod, 2));
+        spire.authority("activate", &prepared);
+        let before = nodes.map(|(_, pod)| serial(pod));
+        spire.root("taint", &root);
+        (0..).zip(nodes).for_each(|(n, (_, pod)): (usize, _)| drop(wait_for_another(pod, &before[n])));
+        load.more(20);
+        spire.root("revoke", &root);
+        nodes.iter().for_each(|(_, pod)| wait_for_roots(pod, 1));
+        load.more(20);
+    });
+    // What the control plane has signed is worth nothing any more.
+    mesh.move_back("b").kill();
+    wait_for_state(&server, "Available");
+    assert_eq!(certificate(&server)["source"], "istio-ca");
+    client.is_refused(server.app());
+    client.refusal("outbound", "does not lead to a root of its trust domain");
 }

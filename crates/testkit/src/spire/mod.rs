@@ -20,7 +20,8 @@ use zspire_sys::netns::Netns;
 
 pub use agent::Agent;
 pub use kubelet::Kubelet;
-pub use server::Server;
+pub(crate) use pki::CACERTS;
+pub use server::{Authorities, Server};
 
 use crate::mesh::lock;
 use crate::plan::NAMESPACE;
@@ -91,6 +92,23 @@ pub(crate) fn environment(way: Way, folder: &Path, node: &str) -> Vec<(&'static 
     all
 }
 
+/// What is asked of a SPIRE.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// How proxies have identities from it.
+    pub way: Way,
+    /// How long pods' SVIDs are good for, in seconds.
+    pub lifetime: u32,
+    /// Proxies begin with a control plane, whose root signs for SPIRE as well, until a test moves them.
+    pub from_control_plane: bool,
+}
+
+impl Settings {
+    pub(crate) fn new(way: Way) -> Self {
+        Self { way, lifetime: 300, from_control_plane: false }
+    }
+}
+
 /// A node that is to have an agent.
 #[derive(Debug)]
 pub(crate) struct Node {
@@ -120,22 +138,27 @@ struct Workload {
 }
 
 impl Spire {
-    /// Starts servers and agents, and registers the proxies of the nodes. `lifetime` is of pods' SVIDs, in seconds.
+    /// Starts servers and agents, and registers the proxies of the nodes.
     #[track_caller]
     pub(crate) fn start(
-        way: Way,
-        lifetime: u32,
+        settings: Settings,
         folder: &Path,
         uplink: (&Netns, std::net::Ipv4Addr),
         nodes: &[Node],
     ) -> Self {
+        let Settings { way, lifetime, from_control_plane } = settings;
         let programs = programs();
         pki::make(folder);
+        if from_control_plane {
+            pki::control_plane(folder);
+        }
         let mut names: Vec<&str> = nodes.iter().map(|node| &*node.trust_domain).collect();
         names.sort_unstable();
         names.dedup();
-        let servers: Vec<Server> =
-            (0..).zip(names).map(|(n, name)| Server::start(name, n, folder, uplink, &programs)).collect();
+        let servers: Vec<Server> = (0..)
+            .zip(names)
+            .map(|(n, name)| Server::start(name, n, folder, uplink, from_control_plane, &programs))
+            .collect();
         let mut kubelets = BTreeMap::new();
         if way == Way::BrokerByPod {
             kubelets.extend(nodes.iter().map(|node| (node.name.clone(), Kubelet::start(&node.netns, &node.name))));
@@ -176,6 +199,12 @@ impl Spire {
     #[track_caller]
     pub fn kubelet(&self, node: &str) -> &Kubelet {
         self.kubelets.get(node).unwrap_or_else(|| panic!("there is no kubelet on {node}"))
+    }
+
+    /// Another root signs for SPIRE from the next CA on, not the control plane's.
+    #[track_caller]
+    pub fn change_root(&self) {
+        pki::root(&self.folder);
     }
 
     /// Makes a pod known to its agent, by a process of its own user or by the kubelet's word, and registers it.

@@ -19,6 +19,17 @@ const PORT: u16 = 8081;
 const BUNDLE_PORT: u16 = 8443;
 const HEALTH_PORT: u16 = 8090;
 
+/// The CAs of a server while there are two.
+#[derive(Debug)]
+pub struct Authorities {
+    /// The ID of the one that signs.
+    pub active: String,
+    /// The ID of the one that is to come.
+    pub prepared: String,
+    /// The key that has signed the first, if there is a root above.
+    pub root: String,
+}
+
 /// A server of one trust domain.
 #[derive(Debug)]
 pub struct Server {
@@ -27,6 +38,7 @@ pub struct Server {
     address: Ipv4Addr,
     netns: Netns,
     folder: PathBuf,
+    has_root_above: bool,
     programs: PathBuf,
     process: Mutex<Option<Process>>,
 }
@@ -38,6 +50,7 @@ impl Server {
         number: u16,
         folder: &Path,
         (netns, address): (&Netns, Ipv4Addr),
+        has_root_above: bool,
         programs: &Path,
     ) -> Self {
         let server = Self {
@@ -46,6 +59,7 @@ impl Server {
             address,
             netns: netns.clone(),
             folder: folder.into(),
+            has_root_above,
             programs: programs.into(),
             process: Mutex::default(),
         };
@@ -122,22 +136,29 @@ impl Server {
         self.run(&["bundle", "delete", "-id", &id, "-mode", "dissociate"]);
     }
 
-    /// Prepares another CA; returns the ID of the one that signs and of the new one.
+    /// Prepares another CA.
     #[track_caller]
-    pub fn prepare_authority(&self) -> (String, String) {
+    pub fn prepare_authority(&self) -> Authorities {
         self.run(&["localauthority", "x509", "prepare", "-output", "json"]);
         let shown = self.run(&["localauthority", "x509", "show", "-output", "json"]);
         let all: Value = serde_json::from_str(&shown).expect("JSON");
         let id = |which: &str| {
             all[which]["authority_id"].as_str().unwrap_or_else(|| panic!("no {which}: {shown}")).to_owned()
         };
-        (id("active"), id("prepared"))
+        let root = all["active"]["upstream_authority_subject_key_id"].as_str().unwrap_or_default().to_owned();
+        Authorities { active: id("active"), prepared: id("prepared"), root }
     }
 
     /// Does something with a CA: `activate`, `taint`, `revoke`.
     #[track_caller]
     pub fn authority(&self, action: &str, id: &str) {
         self.run(&["localauthority", "x509", action, "-authorityID", id]);
+    }
+
+    /// Does something with the root above a CA that signs no longer: `taint`, `revoke`.
+    #[track_caller]
+    pub fn root(&self, action: &str, id: &str) {
+        self.run(&["upstreamauthority", action, "-subjectKeyID", id]);
     }
 
     /// Its CA's certificates, PEM.
@@ -164,6 +185,12 @@ impl Server {
         let own = self.own();
         let (own, ca) = (own.display(), self.folder.join(pki::CA));
         let Self { trust_domain, address, number, .. } = self;
+        let (root, key) = (self.folder.join(pki::UPSTREAM), self.folder.join(pki::UPSTREAM_KEY));
+        let files = format!("cert_file_path = \"{}\" key_file_path = \"{}\"", root.display(), key.display());
+        let root_above = match self.has_root_above {
+            true => format!("  UpstreamAuthority \"disk\" {{ plugin_data {{ {files} }} }}\n"),
+            false => String::new(),
+        };
         let (port, bundle_port, health_port) = (PORT + number, BUNDLE_PORT + number, HEALTH_PORT + number);
         format!(
             r#"server {{
@@ -185,7 +212,7 @@ plugins {{
   DataStore "sql" {{ plugin_data {{ database_type = "sqlite3" connection_string = "{own}/data.sqlite3" }} }}
   KeyManager "disk" {{ plugin_data {{ keys_path = "{own}/keys.json" }} }}
   NodeAttestor "x509pop" {{ plugin_data {{ ca_bundle_path = "{ca}" }} }}
-}}
+{root_above}}}
 health_checks {{ listener_enabled = true bind_address = "127.0.0.1" bind_port = "{health_port}" live_path = "/live" ready_path = "/ready" }}
 "#,
             ca = ca.display(),
