@@ -45,7 +45,7 @@ fn entry_deleted_cuts_within_a_second_and_created_again_restores(way: Way) {
         live.is_cut();
         let cut = told(losing, direction, "credentials revoked", "IDENTITY_ERROR", "credentials_revoked");
         let message = losing.proxy(|proxy| {
-            let taken = "the SPIRE agent has taken the SVID away";
+            let taken = "the SPIRE agent no longer offers the SVID";
             proxy.line("the agent's message", |line| line["message"].as_str().is_some_and(|it| it.contains(taken)))
         });
         let took = crate::traffic::seconds_between(&message, &cut);

@@ -6,7 +6,7 @@
 //!     ▲                                        │ │ │
 //!     │ nothing matches, never had one         │ │ └─ not_after passes ─▶ Failed
 //!     │                                        │ └─ outage: stays
-//!     └── (never ready)                        └─ empty answer, workload gone ─▶ Revoked, key dropped
+//!     └── (never ready)                        └─ workload gone, answers stay empty ─▶ Revoked, key dropped
 //! ```
 
 use std::sync::Arc;
@@ -31,6 +31,8 @@ pub(super) enum Outcome {
     Ready,
     /// Nothing matches the workload.
     Empty,
+    /// Nothing matches it any more, and what is held is still held.
+    Redacted,
     /// Nothing of it can be used.
     Unusable,
 }
@@ -102,7 +104,11 @@ impl Held {
         let now = self.clock.now();
         self.story.send_modify(|story| story.answered(offered, &update.bundles, now));
         if update.offers.is_empty() {
-            self.take_away("NoEntry", &self.no_entry());
+            if self.is_ready() {
+                tracing::warn!(id = %self.id, "the SPIRE agent no longer offers the SVID");
+                return Outcome::Redacted;
+            }
+            self.redact();
             return Outcome::Empty;
         }
         match self.credentials(update) {
@@ -128,6 +134,11 @@ impl Held {
             bundles: update.bundles.clone(),
         };
         Credentials::new(svid, &self.policy, &self.clock).map_err(|e| format!("the SVID of {}: {e}", offer.id))
+    }
+
+    /// Nothing matches the workload, or not any more.
+    pub(super) fn redact(&self) {
+        self.take_away("NoEntry", &self.no_entry());
     }
 
     /// An answer of which nothing can be used: what is held stays.

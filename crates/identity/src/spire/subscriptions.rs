@@ -46,6 +46,11 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 const MISTAKE_PAUSE: Duration = Duration::from_secs(600);
 /// Somebody who waits ends a pause, but not more often than this.
 const ON_DEMAND_INTERVAL: Duration = Duration::from_secs(1);
+/// How long an answer without SVIDs may be the last one before what is held is given up.
+///
+/// While an agent replaces SVIDs of a tainted CA it has none, and says so if it has to say anything: the new one follows within
+/// moments. It cannot be told from the end of a registration, which is to take effect within a second.
+const REDACTION: Duration = Duration::from_millis(500);
 /// Wall clocks jump; nothing that depends on one sleeps for longer than this.
 const RECHECK: Duration = Duration::from_secs(10);
 
@@ -132,8 +137,14 @@ impl Source for Subscriptions {
             let held = Held::new(key.id.clone(), states, story, wanted, policy, clock);
             let (demand, gone) = (slot.demand.clone(), slot.gone.clone());
             // Fails only when the source has stopped, which the watch tells by itself.
-            let _ =
-                self.0.start.send(Follow { key: key.clone(), held, demand, gone, waiting_since: Some(Instant::now()) });
+            let _ = self.0.start.send(Follow {
+                key: key.clone(),
+                held,
+                demand,
+                gone,
+                waiting_since: Some(Instant::now()),
+                redacted: None,
+            });
             slot
         });
         let demand = slot.demand.clone();
@@ -237,6 +248,8 @@ struct Follow {
     gone: CancellationToken,
     /// Since when its first SVID is waited for; `None` once it was there.
     waiting_since: Option<Instant>,
+    /// When to give up what is held, since the agent no longer offers it.
+    redacted: Option<Instant>,
 }
 
 enum Phase {
@@ -253,6 +266,8 @@ enum Event {
     Clock,
     /// Time to ask.
     Ask,
+    /// Time to give up what the agent no longer offers.
+    Redact,
     Opened(Result<Updates, Refusal>, Option<Arc<dyn Process>>),
     Update(Option<Result<Update, Refusal>>),
     ProcessEnded,
@@ -268,6 +283,12 @@ impl Follow {
                 Event::Gone => return self.held.forgotten(),
                 Event::Clock => self.held.tick(),
                 Event::Ask => phase = self.ask(shared, &mut pause),
+                Event::Redact => {
+                    self.redact(shared);
+                    if let Phase::Streaming { reopen, .. } = &mut phase {
+                        *reopen = Some(self.wait(pause.after_failure()));
+                    }
+                }
                 Event::Opened(Ok(updates), process) => {
                     let process = process.map(|process| process.ended());
                     phase = Phase::Streaming { updates, process, reopen: None };
@@ -295,7 +316,7 @@ impl Follow {
     }
 
     async fn next(&mut self, phase: &mut Phase, pause: &mut Pause) -> Event {
-        let clock = self.clock();
+        let (clock, redacted) = (self.clock(), self.redacted);
         let ready = self.held.is_ready();
         let demanded = pause.demanded(&self.demand, ready);
         tokio::select! {
@@ -320,6 +341,7 @@ impl Follow {
                     },
                 }
             } => event,
+            () = until(redacted) => Event::Redact,
             () = sleep_until(clock) => Event::Clock,
         }
     }
@@ -362,11 +384,16 @@ impl Follow {
         counts.updates += 1;
         let code = match outcome {
             Outcome::Ready => {
+                self.redacted = None;
                 counts.issued += 1;
                 if let Some(since) = self.waiting_since.take() {
                     counts.first.observe(since.elapsed());
                 }
                 pause.reset();
+                return None;
+            }
+            Outcome::Redacted => {
+                self.redacted.get_or_insert_with(|| Instant::now() + REDACTION);
                 return None;
             }
             Outcome::Empty => "NoEntry",
@@ -375,6 +402,15 @@ impl Follow {
         *counts.failures.entry(code).or_default() += 1;
         drop(counts);
         Some(self.wait(pause.after_failure()))
+    }
+
+    /// Gives up what the agent no longer offers, unless it was lost otherwise meanwhile.
+    fn redact(&mut self, shared: &Shared) {
+        self.redacted = None;
+        if self.held.is_ready() {
+            *shared.counts().failures.entry("NoEntry").or_default() += 1;
+            self.held.redact();
+        }
     }
 
     fn refused(&self, shared: &Shared, refusal: &Refusal, pause: &mut Pause) -> Phase {

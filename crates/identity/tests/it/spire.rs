@@ -271,6 +271,29 @@ async fn a_redaction_takes_the_key_away_at_once_and_comes_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_gap_while_an_agent_replaces_svids_is_no_redaction() {
+    let mut rig = Rig::new();
+    let mut web = rig.watch(WEB, "pod-1");
+    let stream = rig.stream().await;
+    stream.send(rig.update(WEB)).unwrap();
+    let first = until(&mut web, "ready").await.credentials().unwrap().fingerprint();
+    stream.send(empty()).unwrap();
+    rig.no_stream_for(Duration::from_millis(400)).await;
+    assert!(web.credentials().is_some());
+    stream.send(rig.update(WEB)).unwrap();
+    let next = web.changed().await.unwrap();
+    assert_ne!(next.credentials().expect("it was never taken away").fingerprint(), first);
+    rig.no_stream_for(Duration::from_secs(60)).await;
+    assert!(web.credentials().is_some(), "and it is not taken away afterwards");
+    // The end of the stream is no way to keep what was taken away.
+    let before = Instant::now();
+    stream.send(empty()).unwrap();
+    drop(stream);
+    until(&mut web, "revoked").await;
+    assert!(before.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_outage_keeps_the_svid_until_it_expires() {
     let mut rig = Rig::new();
     let mut web = rig.watch(WEB, "pod-1");
