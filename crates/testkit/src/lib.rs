@@ -12,6 +12,7 @@
 pub mod app;
 pub mod capture;
 pub mod discovery;
+pub mod fake_agent;
 pub mod gateway;
 mod host;
 pub mod http;
