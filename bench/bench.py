@@ -7,7 +7,7 @@ proxies from /proc; it is the figure to trust.
 
     --rounds N    rounds of each measurement (3)
     --seconds N   length of each sample (3)
-    --only A,B    of: traffic, inpod, services, push, memory, start, workloads, ca
+    --only A,B    of: traffic, inpod, services, push, memory, start, workloads, ca, spire
     --work TEXT   only the kinds of work of traffic and inpod that have this in their name
     --json FILE   the figures as JSON as well
 """
@@ -485,11 +485,17 @@ def certificates(run, seconds):
     return json.loads(out)
 
 
+def subscriptions():
+    """10,000 subscriptions to a fake SPIRE agent: latency of the first SVID, memory, rest, and an agent's restart."""
+    out = sh(str(ROOT / "target/release/spire-load"), "--subscriptions", "10000", timeout=300)
+    return json.loads(out)
+
+
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=int, default=3)
-    options.add_argument("--only", default="traffic,inpod,services,push,memory,start,workloads,ca")
+    options.add_argument("--only", default="traffic,inpod,services,push,memory,start,workloads,ca,spire")
     options.add_argument("--work", default="")
     options.add_argument("--idle", type=int, default=10_000, help="idle connections to hold")
     options.add_argument("--json", type=Path)
@@ -517,6 +523,8 @@ def main():
             figures["workloads"] = many_workloads(run)
         if "ca" in only:
             figures["ca"] = certificates(run, args.seconds)
+        if "spire" in only:
+            figures["spire"] = subscriptions()
         if only & {"services"}:
             apps = start_apps(run)
             figures["services"] = many_services(run, network, args.rounds, args.seconds)

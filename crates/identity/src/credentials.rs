@@ -55,8 +55,7 @@ impl Credentials {
         let now = unix(clock.now());
         // Without revocation lists: they are about others, and what is new cannot be on one.
         let alone = verifier.without_revocation();
-        let seen = alone.check(leaf, intermediates, now, Role::Client)?;
-        alone.check(leaf, intermediates, now, Role::Server)?;
+        let seen = alone.check(leaf, intermediates, now, Role::Both)?;
         if seen.id != id {
             return Err(Invalid::OtherIdentity { asked: id, given: seen.id });
         }

@@ -17,7 +17,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures::StreamExt as _;
 use rand::Rng as _;
@@ -51,8 +51,10 @@ const ON_DEMAND_INTERVAL: Duration = Duration::from_secs(1);
 /// While an agent replaces SVIDs of a tainted CA it has none, and says so if it has to say anything: the new one follows within
 /// moments. It cannot be told from the end of a registration, which is to take effect within a second.
 const REDACTION: Duration = Duration::from_millis(500);
-/// Wall clocks jump; nothing that depends on one sleeps for longer than this.
+/// Wall clocks jump; they are looked at this often, once for all workloads.
 const RECHECK: Duration = Duration::from_secs(10);
+/// A wall clock that goes on otherwise than the monotonic one by more than this has jumped.
+const JUMP: Duration = Duration::from_secs(1);
 
 /// How the source is run.
 #[derive(Debug, Clone)]
@@ -76,7 +78,15 @@ impl Default for Config {
 /// A source and the task that makes it work.
 pub fn new(agent: Arc<dyn Agent>, locate: Arc<dyn Locate>, config: Config) -> (Subscriptions, Driver) {
     let (start, started) = mpsc::unbounded_channel();
-    let shared = Arc::new(Shared { agent, locate, config, slots: Mutex::default(), counts: Mutex::default(), start });
+    let shared = Arc::new(Shared {
+        agent,
+        locate,
+        config,
+        slots: Mutex::default(),
+        counts: Mutex::default(),
+        start,
+        jumped: Notify::new(),
+    });
     (Subscriptions(shared.clone()), Driver { shared, started })
 }
 
@@ -92,6 +102,8 @@ struct Shared {
     counts: Mutex<Counts>,
     /// As many as there are workloads on the node.
     start: mpsc::UnboundedSender<Follow>,
+    /// Told when the wall clock has jumped.
+    jumped: Notify,
 }
 
 struct Slot {
@@ -218,9 +230,13 @@ impl Driver {
     /// Runs until `shutdown`; streams end then. Credentials handed out stay usable.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let tasks = TaskTracker::new();
+        let mut wall = Wall::new(&*self.shared.config.clock);
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => break,
+                () = sleep_until(wall.next_look()) => if wall.has_jumped(&*self.shared.config.clock) {
+                    self.shared.jumped.notify_waiters();
+                },
                 follow = self.started.recv() => match follow {
                     Some(follow) => {
                         let (shared, shutdown) = (self.shared.clone(), shutdown.clone());
@@ -237,6 +253,29 @@ impl Driver {
         }
         tasks.close();
         tasks.wait().await;
+    }
+}
+
+/// Compares the wall clock with the monotonic one, so that ten thousand workloads need not.
+struct Wall {
+    wall: SystemTime,
+    monotonic: Instant,
+}
+
+impl Wall {
+    fn new(clock: &dyn Clock) -> Self {
+        Self { wall: clock.now(), monotonic: Instant::now() }
+    }
+
+    fn next_look(&self) -> Instant {
+        self.monotonic + RECHECK
+    }
+
+    fn has_jumped(&mut self, clock: &dyn Clock) -> bool {
+        let before = std::mem::replace(self, Self::new(clock));
+        let expected = before.wall + self.monotonic.duration_since(before.monotonic);
+        let late = self.wall.duration_since(expected).unwrap_or_else(|early| early.duration());
+        late > JUMP
     }
 }
 
@@ -279,7 +318,7 @@ impl Follow {
         // Pods come in bursts: the first question is spread a little, too.
         let mut phase = Phase::Waiting { until: Instant::now() };
         loop {
-            match self.next(&mut phase, &mut pause).await {
+            match self.next(shared, &mut phase, &mut pause).await {
                 Event::Gone => return self.held.forgotten(),
                 Event::Clock => self.held.tick(),
                 Event::Ask => phase = self.ask(shared, &mut pause),
@@ -315,7 +354,7 @@ impl Follow {
         }
     }
 
-    async fn next(&mut self, phase: &mut Phase, pause: &mut Pause) -> Event {
+    async fn next(&mut self, shared: &Shared, phase: &mut Phase, pause: &mut Pause) -> Event {
         let (clock, redacted) = (self.clock(), self.redacted);
         let ready = self.held.is_ready();
         let demanded = pause.demanded(&self.demand, ready);
@@ -342,16 +381,17 @@ impl Follow {
                 }
             } => event,
             () = until(redacted) => Event::Redact,
-            () = sleep_until(clock) => Event::Clock,
+            () = until(clock) => Event::Clock,
+            () = shared.jumped.notified() => Event::Clock,
         }
     }
 
-    /// When the clock has to be looked at.
-    fn clock(&self) -> Instant {
-        let left = self.held.not_after().map(|at| at.duration_since(self.held.now()).unwrap_or_default());
-        // A little later, so that it has passed by then.
-        let left = left.map(|left| left + Duration::from_millis(1));
-        Instant::now() + left.unwrap_or(RECHECK).min(RECHECK)
+    /// When what is held expires, unless the clock jumps.
+    fn clock(&self) -> Option<Instant> {
+        let left = self.held.not_after()?.duration_since(self.held.now()).unwrap_or_default();
+        // Clocks that are set right slowly do not jump: half of the time first. At the end a little later, so that it has passed.
+        let wait = if left > 2 * RECHECK { left / 2 } else { left + Duration::from_millis(1) };
+        Some(Instant::now() + wait)
     }
 
     fn ask(&mut self, shared: &Shared, pause: &mut Pause) -> Phase {

@@ -9,7 +9,7 @@ use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_t
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
-use webpki::KeyUsage;
+use webpki::{ExtendedKeyUsageValidator, KeyPurposeIdIter, KeyUsage, RequiredEkuNotFoundContext};
 
 use super::{ExpectedPeers, Policy, Rejection};
 use crate::bundle::Bundles;
@@ -21,22 +21,32 @@ use crate::x509::Leaf;
 pub(crate) enum Role {
     Client,
     Server,
+    /// The one and the other, with one look at the signatures.
+    Both,
 }
 
 impl Role {
-    fn key_usage(self) -> KeyUsage {
-        // Both are "required if present": an SVID may leave the extension out.
-        match self {
-            Self::Client => KeyUsage::client_auth(),
-            Self::Server => KeyUsage::server_auth(),
-        }
-    }
-
     fn name(self) -> &'static str {
         match self {
             Self::Client => "client",
             Self::Server => "server",
+            Self::Both => "client and server",
         }
+    }
+}
+
+impl ExtendedKeyUsageValidator for Role {
+    /// "Required if present": an SVID may leave the extension out.
+    fn validate(&self, usages: KeyPurposeIdIter<'_, '_>) -> Result<(), webpki::Error> {
+        let present = usages.map(|usage| Ok(usage?.to_decoded_oid())).collect::<Result<Vec<_>, webpki::Error>>()?;
+        let has = |oid: &[usize]| present.is_empty() || present.iter().any(|usage| usage == oid);
+        let (client, server) = (KeyUsage::CLIENT_AUTH_REPR, KeyUsage::SERVER_AUTH_REPR);
+        let required = match self {
+            Self::Client | Self::Both if !has(client) => KeyUsage::client_auth(),
+            Self::Server | Self::Both if !has(server) => KeyUsage::server_auth(),
+            _ => return Ok(()),
+        };
+        Err(webpki::Error::RequiredEkuNotFoundContext(RequiredEkuNotFoundContext { required, present }))
     }
 }
 
@@ -73,7 +83,7 @@ impl Verifier {
         };
         let certificate = webpki::EndEntityCert::try_from(leaf).map_err(|e| rejection(&svid, role, e))?;
         let path = certificate
-            .verify_for_usage(self.algorithms.all, bundle.anchors(), intermediates, now, role.key_usage(), None, None)
+            .verify_for_usage(self.algorithms.all, bundle.anchors(), intermediates, now, role, None, None)
             .map_err(|e| rejection(&svid, role, e))?;
         self.revocation.check(&svid.id, &path, revocation::moment(now))?;
         Ok(svid)
