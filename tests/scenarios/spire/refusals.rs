@@ -8,7 +8,12 @@ use zspire_testkit::{Mesh, Pod, mesh, until};
 use super::{by, certificate, serial, wait_for_another, wait_for_state};
 use crate::traffic::connect;
 
-by!(each way: proxy_that_may_not_ask_is_told_so, pod_that_goes_takes_its_identity_along);
+by!(
+    each way:
+    proxy_that_may_not_ask_is_told_so,
+    proxy_that_is_not_registered_is_told_so,
+    pod_that_goes_takes_its_identity_along,
+);
 by!(
     process:
     process_of_root_does_not_get_the_proxys_identity,
@@ -38,6 +43,18 @@ fn proxy_that_may_not_ask_is_told_so(way: Way) {
     );
     client.is_refused(server.app());
     mesh.spire().agent("b").trust_the_proxy(true);
+    wait_for_state(&server, "Available");
+    client.reaches(server.app());
+}
+
+fn proxy_that_is_not_registered_is_told_so(way: Way) {
+    let (mesh, client, server) = server_to_come(way, &[]);
+    let _app = server.greet();
+    mesh.spire().deregister_proxy("b");
+    mesh.enroll(&server);
+    wait_for_state(&server, "no identity issued");
+    client.is_refused(server.app());
+    mesh.spire().register_proxy("b");
     wait_for_state(&server, "Available");
     client.reaches(server.app());
 }

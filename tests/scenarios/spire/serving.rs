@@ -10,7 +10,7 @@ by!(
     each way:
     each_pod_has_its_own_identity_and_they_reach_each_other,
     keys_are_renewed_every_few_seconds,
-    agent_is_killed_twenty_times,
+    agent_ends_twenty_times,
 );
 
 fn two_nodes(way: Way) -> (Mesh, Pod, Pod) {
@@ -36,6 +36,11 @@ fn each_pod_has_its_own_identity_and_they_reach_each_other(way: Way) {
     assert_ne!(serial(&client), serial(&other));
 }
 
+#[test]
+fn broker_is_asked_over_tcp() {
+    crate::scenario(|| each_pod_has_its_own_identity_and_they_reach_each_other(Way::BrokerOverTcp));
+}
+
 fn keys_are_renewed_every_few_seconds(way: Way) {
     let (_mesh, client, server) = two_nodes(way);
     let _app = server.greet();
@@ -51,7 +56,7 @@ fn keys_are_renewed_every_few_seconds(way: Way) {
     });
 }
 
-fn agent_is_killed_twenty_times(way: Way) {
+fn agent_ends_twenty_times(way: Way) {
     let (mesh, client, server) = two_nodes(way);
     let _app = server.greet();
     client.reaches(server.app());
@@ -59,7 +64,12 @@ fn agent_is_killed_twenty_times(way: Way) {
     load.during(1, || {
         for round in 0..20 {
             let agent = mesh.spire().agent(if round % 2 == 0 { "a" } else { "b" });
-            agent.kill();
+            // Its sockets are there and refuse, or they are gone.
+            if round % 4 < 2 {
+                agent.kill()
+            } else {
+                agent.stop()
+            }
             load.more(5);
             agent.start_again();
             load.more(5);

@@ -13,6 +13,8 @@ use crate::mesh::lock;
 use crate::process::Process;
 
 const HEALTH_PORT: u16 = 8090;
+/// Where the Broker API is over TCP.
+pub(super) const BROKER: &str = "127.0.0.1:8444";
 
 /// Where an agent listens. The Workload API's folder is the one that workloads may see; the others must not be in it.
 pub(crate) struct Sockets {
@@ -75,6 +77,11 @@ impl Agent {
         &self.node
     }
 
+    /// The trust domain that it is of.
+    pub fn trust_domain(&self) -> &str {
+        &self.trust_domain
+    }
+
     /// Says whether the proxy of the node may ask about pods; the agent starts anew with that.
     #[track_caller]
     pub fn trust_the_proxy(&self, trusted: bool) {
@@ -107,6 +114,23 @@ impl Agent {
         drop(lock(&self.process).take());
     }
 
+    /// Ends it in good order: it takes its sockets away.
+    #[track_caller]
+    pub fn stop(&self) {
+        let mut process = lock(&self.process).take().expect("the agent was started");
+        process.terminate();
+        process.ended();
+    }
+
+    /// What it has for this process, or what it says instead.
+    pub fn fetch(&self) -> Result<String, String> {
+        let mut command = program(&self.programs, "spire-agent");
+        command.args(["api", "fetch", "x509", "-socketPath"]).arg(Sockets::of(&self.folder, &self.node).workload_api);
+        let output = command.output().expect("SPIRE's programs can be started");
+        let said = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned()).concat();
+        if output.status.success() { Ok(said) } else { Err(said) }
+    }
+
     /// What it has written.
     #[track_caller]
     pub fn log(&self) -> String {
@@ -123,7 +147,10 @@ impl Agent {
         let (own, node) = (own.display(), node.display());
         let sockets = Sockets::of(&self.folder, &self.node);
         let (workload_api, admin) = (sockets.workload_api.display(), sockets.admin.display());
-        let broker = sockets.broker.display();
+        let (broker, over_tcp) = match self.way {
+            Way::BrokerOverTcp => (format!("bind_address = \"{BROKER}\""), "allow_over_tcp = true"),
+            _ => (format!("socket_path = \"{}\"", sockets.broker.display()), ""),
+        };
         let ((address, port), trust_domain) = (self.server, &self.trust_domain);
         let kubernetes = match self.way {
             Way::BrokerByPod => kubelet::attestor(&self.node, proxy),
@@ -143,11 +170,11 @@ impl Agent {
   experimental {{
     sync_interval = "200ms"
     broker {{
-      socket_path = "{broker}"
+      {broker}
       brokers = [
         {{ id = "{proxy}"
           allowed_reference_types = [
-            {{ type_url = "type.googleapis.com/spiffe.broker.WorkloadPIDReference" }},
+            {{ type_url = "type.googleapis.com/spiffe.broker.WorkloadPIDReference" {over_tcp} }},
             {{ type_url = "type.googleapis.com/spiffe.broker.KubernetesObjectReference" }} ] }} ]
     }}
   }}

@@ -41,6 +41,8 @@ const FIRST_USER: u32 = 20_001;
 pub enum Way {
     /// The Broker API, about a process of the pod.
     BrokerByProcess,
+    /// The same over TCP.
+    BrokerOverTcp,
     /// The Broker API, about the pod's UID.
     BrokerByPod,
     /// The Delegated Identity API, about a process of the pod.
@@ -53,14 +55,14 @@ impl Way {
     /// What `IDENTITY_SOURCE` names it.
     pub fn source(self) -> &'static str {
         match self {
-            Self::BrokerByProcess | Self::BrokerByPod => "spire-broker",
+            Self::BrokerByProcess | Self::BrokerOverTcp | Self::BrokerByPod => "spire-broker",
             Self::DelegatedByProcess => "spire-delegated",
             Self::Own => "workload-api",
         }
     }
 
     fn by_process(self) -> bool {
-        matches!(self, Self::BrokerByProcess | Self::DelegatedByProcess)
+        matches!(self, Self::BrokerByProcess | Self::BrokerOverTcp | Self::DelegatedByProcess)
     }
 }
 
@@ -80,10 +82,14 @@ pub(crate) fn environment(way: Way, folder: &Path, node: &str) -> Vec<(&'static 
     let address = |path: &Path| format!("unix://{}", path.display());
     let reference = if way.by_process() { "pid" } else { "pod" };
     let mut all = vec![("IDENTITY_SOURCE", way.source().to_owned())];
+    let broker = match way {
+        Way::BrokerOverTcp => format!("tcp://{}", agent::BROKER),
+        _ => address(&sockets.broker),
+    };
     match way {
-        Way::BrokerByProcess | Way::BrokerByPod => all.extend([
+        Way::BrokerByProcess | Way::BrokerOverTcp | Way::BrokerByPod => all.extend([
             ("SPIFFE_ENDPOINT_SOCKET", address(&sockets.workload_api)),
-            ("SPIFFE_BROKER_SOCKET", address(&sockets.broker)),
+            ("SPIFFE_BROKER_SOCKET", broker),
             ("SPIFFE_REFERENCE", reference.to_owned()),
         ]),
         Way::DelegatedByProcess => all.push(("SPIRE_ADMIN_ENDPOINT_SOCKET", address(&sockets.admin))),
@@ -127,6 +133,8 @@ pub struct Spire {
     kubelets: BTreeMap<String, Kubelet>,
     servers: Vec<Server>,
     pods: Mutex<BTreeMap<String, Workload>>,
+    /// The entries of the nodes' proxies.
+    proxies: Mutex<BTreeMap<String, String>>,
 }
 
 /// What SPIRE has of one pod.
@@ -148,6 +156,9 @@ impl Spire {
     ) -> Self {
         let Settings { way, lifetime, from_control_plane } = settings;
         let programs = programs();
+        let users = fs::read_to_string("/proc/self/uid_map").expect("proc(5)");
+        let all = users.split_whitespace().nth(2) == Some("4294967295");
+        assert!(all, "agents tell workloads apart by user: these tests need root, not a user namespace");
         pki::make(folder);
         if from_control_plane {
             pki::control_plane(folder);
@@ -168,18 +179,39 @@ impl Spire {
             .iter()
             .map(|node| Agent::start(node, of(node).expect("a server for each trust domain"), way, folder, &programs))
             .collect();
-        let spire = Self { way, folder: folder.into(), lifetime, agents, kubelets, servers, pods: Mutex::default() };
+        let (pods, proxies) = (Mutex::default(), Mutex::default());
+        let spire = Self { way, folder: folder.into(), lifetime, agents, kubelets, servers, pods, proxies };
         for node in nodes {
             let server = spire.server(&node.trust_domain);
             let node_id = node_id(&node.trust_domain, &node.name);
             let selector = format!("x509pop:subject:cn:{}", node.name);
             server.entry(&["-node", "-spiffeID", &node_id, "-selector", &selector]);
             if way != Way::Own {
-                let proxy = proxy_id(&node.trust_domain);
-                server.entry(&["-parentID", &node_id, "-spiffeID", &proxy, "-selector", "unix:uid:0"]);
+                spire.register_proxy(&node.name);
             }
         }
         spire
+    }
+
+    /// Registers the proxy of a node.
+    #[track_caller]
+    pub fn register_proxy(&self, node: &str) {
+        let domain = self.agent(node).trust_domain();
+        let (parent, proxy) = (node_id(domain, node), proxy_id(domain));
+        let entry = ["-parentID", &parent, "-spiffeID", &proxy, "-selector", "unix:uid:0"];
+        lock(&self.proxies).insert(node.into(), self.server(domain).entry(&entry));
+    }
+
+    /// Deletes the entry of a node's proxy; returns when the agent knows.
+    #[track_caller]
+    pub fn deregister_proxy(&self, node: &str) {
+        let entry = lock(&self.proxies).remove(node).expect("the proxy is registered");
+        self.server(self.agent(node).trust_domain()).run(&["entry", "delete", "-entryID", &entry]);
+        // This process is of the same user.
+        until("the agent to know of no entry for the proxy", || match self.agent(node).fetch() {
+            Ok(svids) => Err(svids),
+            Err(_) => Ok(()),
+        });
     }
 
     /// The server of a trust domain.
@@ -218,7 +250,7 @@ impl Spire {
         match self.way {
             Way::BrokerByPod => self.kubelet(&pod.host().node).add(pod),
             Way::Own => {}
-            Way::BrokerByProcess | Way::DelegatedByProcess => {
+            Way::BrokerByProcess | Way::BrokerOverTcp | Way::DelegatedByProcess => {
                 let process = self.process(pod, user);
                 self.pods().get_mut(pod.name()).expect("it was put there").process = Some(process);
             }
@@ -276,7 +308,9 @@ impl Spire {
     #[track_caller]
     pub fn register_as(&self, pod: &Pod, id: &str, more: &[&str]) {
         let selectors = match self.way {
-            Way::BrokerByProcess | Way::DelegatedByProcess => vec![format!("unix:uid:{}", self.user(pod))],
+            Way::BrokerByProcess | Way::BrokerOverTcp | Way::DelegatedByProcess => {
+                vec![format!("unix:uid:{}", self.user(pod))]
+            }
             Way::BrokerByPod => vec![format!("k8s:ns:{NAMESPACE}"), format!("k8s:sa:{}", pod.name())],
             Way::Own => vec!["unix:uid:0".into()],
         };
