@@ -42,7 +42,7 @@ impl Stream {
         let state = State::default();
         let end = {
             let mut up = pin!(up(&app, &mut send, &slot.0, counters, &state));
-            let mut down = pin!(down(&app, &mut recv, &slot.0, counters));
+            let mut down = pin!(down(&app, &mut recv, &slot.0, counters, &state));
             let mut cut = pin!(cut);
             poll_fn(|cx| poll_both(cx, &state, up.as_mut(), down.as_mut(), cut.as_mut())).await
         };
@@ -202,7 +202,13 @@ fn poll_reset(cx: &mut Context<'_>, send: &mut SendStream<Bytes>, shared: &Share
 }
 
 /// From the stream to the application, until the peer has ended its direction.
-async fn down(app: &TcpStream, recv: &mut RecvStream, shared: &Shared, counters: &Counters) -> Result<(), End> {
+async fn down(
+    app: &TcpStream,
+    recv: &mut RecvStream,
+    shared: &Shared,
+    counters: &Counters,
+    state: &State,
+) -> Result<(), End> {
     let mut frames: SmallVec<[Bytes; 2]> = SmallVec::new();
     let mut held = Held::new(shared);
     let mut ended = false;
@@ -227,6 +233,10 @@ async fn down(app: &TcpStream, recv: &mut RecvStream, shared: &Shared, counters:
             }
         }
         held.set(0);
+    }
+    if state.up_done.get() {
+        // All that it has sent was read: closing the socket says the same.
+        return Ok(());
     }
     match SockRef::from(app).shutdown(Shutdown::Write) {
         Ok(()) => Ok(()),

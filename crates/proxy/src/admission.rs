@@ -18,7 +18,7 @@ use zspire_model::policy::Action;
 use zspire_model::workload::{ApplicationProtocol, ApplicationTunnel};
 use zspire_model::{Service, Snapshot, SpiffeId, Workload};
 
-use crate::connect;
+use crate::connect::{self, Reach};
 use crate::flow::{Failure, Flow};
 use crate::live::{Place, Proof, Question};
 use crate::metrics::Flag;
@@ -106,8 +106,10 @@ impl Authorized {
     /// Connects to the application.
     pub(crate) async fn connect(self, pod: &Pod, tunnel: Option<ApplicationTunnel>) -> Result<Connected, Failure> {
         let to = self.application(pod, tunnel);
+        let here = to.ip().is_loopback() || to.ip() == self.here.to_canonical();
         let connecting = async {
-            let mut socket = pod.sockets().connect(to, self.source.ip()).await?;
+            let reach = if here { Reach::Pod } else { Reach::Network };
+            let mut socket = pod.sockets().connect(to, self.source.ip(), reach).await?;
             if tunnel.is_some_and(|tunnel| tunnel.protocol == ApplicationProtocol::Proxy) {
                 let header = preamble::proxy_v2(self.source, self.destination, self.peer.as_ref());
                 // A few hundred bytes into an empty socket buffer: it does not wait.

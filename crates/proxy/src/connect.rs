@@ -16,6 +16,15 @@ use crate::config::{Config, Keepalive, OriginalSource};
 use crate::flow::Failure;
 use crate::metrics::Flag;
 
+/// How far a connection reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// A program in the pod: the kernel that serves both tells of its end.
+    Pod,
+    /// Another host, which may vanish without a word.
+    Network,
+}
+
 /// Makes the sockets of a pod.
 #[derive(Debug, Clone)]
 pub(crate) struct Sockets {
@@ -68,7 +77,7 @@ impl Sockets {
     }
 
     /// Opens a connection, from `source` if the settings and the kernel allow that.
-    pub(crate) async fn connect(&self, to: SocketAddr, source: IpAddr) -> Result<TcpStream, Error> {
+    pub(crate) async fn connect(&self, to: SocketAddr, source: IpAddr, reach: Reach) -> Result<TcpStream, Error> {
         let failed = |cause| Error::Failed { to, cause };
         let source = self.source(to, source).map_err(failed)?;
         let options = socket::Connect {
@@ -79,7 +88,7 @@ impl Sockets {
         // It stays in the namespace that it is made in; connecting needs no more visit.
         let socket = self.inside(|| socket::stream(to, &options)).and_then(|made| made).map_err(failed)?;
         // Before the handshake: a peer that goes away in it is noticed as well.
-        self.tune(&SockRef::from(&socket));
+        self.tune(&SockRef::from(&socket), reach);
         let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
         match timeout(self.timeout, connecting).await {
             Ok(connected) => connected.map_err(failed),
@@ -105,10 +114,10 @@ impl Sockets {
     }
 
     /// Sets what every connection has: on one that is opened, or on a listener, whose connections inherit it.
-    pub(crate) fn tune(&self, socket: &SockRef<'_>) {
+    pub(crate) fn tune(&self, socket: &SockRef<'_>, reach: Reach) {
         // A socket that refuses an option has just been closed by its peer, which the next read tells.
         let _ = socket.set_tcp_nodelay(true);
-        let Some(keepalive) = &self.keepalive else { return };
+        let Some(keepalive) = self.keepalive.filter(|_| reach == Reach::Network) else { return };
         let probes = TcpKeepalive::new()
             .with_time(keepalive.time)
             .with_interval(keepalive.interval)
@@ -184,7 +193,7 @@ mod tests {
         let config = Config { keepalive: Some(keepalive), ..Config::default() };
         let sockets = Sockets::new(&config, OriginalSource::Off, None, 1).unwrap();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        sockets.tune(&SockRef::from(&listener));
+        sockets.tune(&SockRef::from(&listener), Reach::Network);
         let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (accepted, _) = listener.accept().unwrap();
         let view = SockRef::from(&accepted);
@@ -193,5 +202,10 @@ mod tests {
         assert_eq!(view.tcp_keepalive_interval().unwrap(), keepalive.interval);
         assert_eq!(view.tcp_keepalive_retries().unwrap(), keepalive.retries);
         assert_eq!(view.tcp_user_timeout().unwrap(), Some(Duration::from_secs(77 + 35)));
+
+        let own = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let own = SockRef::from(&own);
+        sockets.tune(&own, Reach::Pod);
+        assert!(own.tcp_nodelay().unwrap() && !own.keepalive().unwrap(), "who is here cannot vanish");
     }
 }

@@ -19,7 +19,7 @@ use zspire_model::{Service, Snapshot, Str, Workload};
 use zspire_sys::socket;
 
 use crate::accept::Accepted;
-use crate::connect::canonical;
+use crate::connect::{Reach, canonical};
 use crate::flow::{self, About, Direction, Failure, Flow, Transport};
 use crate::live::Place;
 use crate::metrics::{Flag, Reporter};
@@ -358,7 +358,8 @@ impl Routed {
                 stream
             }
             (Path::Tcp, _) => {
-                let connecting = async { Ok(pod.sockets().connect(self.connect, wanted.source.ip()).await?) };
+                let connecting =
+                    async { Ok(pod.sockets().connect(self.connect, wanted.source.ip(), Reach::Network).await?) };
                 let socket = place.unless_cut(connecting).await?;
                 return Ok(Way::Direct(socket, place));
             }

@@ -17,7 +17,7 @@ use zspire_sys::socket::{self, Listen};
 
 use crate::accept::{Accepted, accept};
 use crate::config::{Config, Listeners, OriginalSource};
-use crate::connect::Sockets;
+use crate::connect::{Reach, Sockets};
 use crate::flow::Table;
 use crate::live::{Reason, Verdict};
 use crate::metrics::Metrics;
@@ -160,10 +160,13 @@ impl Share<'_> {
         let Listeners { outbound, inbound, plaintext, socks5, dns } = listeners;
         let mut set = |first| {
             Ok(Sockets4 {
-                outbound: outbound.as_mut().map(|at| self.listen("outbound", at, first)).transpose()?,
-                inbound: self.listen("inbound", inbound, first)?,
-                plaintext: plaintext.as_mut().map(|at| self.listen("plaintext inbound", at, first)).transpose()?,
-                socks5: socks5.as_mut().map(|at| self.listen("SOCKS5", at, first)).transpose()?,
+                outbound: outbound.as_mut().map(|at| self.listen("outbound", at, Reach::Pod, first)).transpose()?,
+                inbound: self.listen("inbound", inbound, Reach::Network, first)?,
+                plaintext: plaintext
+                    .as_mut()
+                    .map(|at| self.listen("plaintext inbound", at, Reach::Network, first))
+                    .transpose()?,
+                socks5: socks5.as_mut().map(|at| self.listen("SOCKS5", at, Reach::Pod, first)).transpose()?,
                 dns: self.listen_dns(dns, first)?,
             })
         };
@@ -193,7 +196,7 @@ impl Share<'_> {
 
     fn listen_dns_at(&self, address: &mut SocketAddr, first: bool) -> Result<dns::Sockets, StartError> {
         // The port that the kernel chose for one is the port of both.
-        let tcp = self.listen("DNS over TCP", address, first)?;
+        let tcp = self.listen("DNS over TCP", address, Reach::Pod, first)?;
         let failed = |cause| StartError::Listen { what: "DNS", address: *address, cause };
         let udp = dns::datagrams(*address, self.sockets.mark(), self.workers > 1 || self.overlap).map_err(failed)?;
         Ok(dns::Sockets { udp, tcp })
@@ -204,6 +207,7 @@ impl Share<'_> {
         &self,
         what: &'static str,
         address: &mut SocketAddr,
+        reach: Reach,
         first: bool,
     ) -> Result<std::net::TcpListener, StartError> {
         let failed = |cause| StartError::Listen { what, address: *address, cause };
@@ -224,7 +228,7 @@ impl Share<'_> {
         }
         let listener = listen(shared).map_err(failed)?;
         // What is accepted inherits it: nothing has to be set for each connection.
-        self.sockets.tune(&SockRef::from(&listener));
+        self.sockets.tune(&SockRef::from(&listener), reach);
         address.set_port(listener.local_addr().map_err(failed)?.port());
         Ok(listener)
     }

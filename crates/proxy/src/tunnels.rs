@@ -12,7 +12,7 @@ use zspire_hbone::{Connected, Ended, OpenError, Pool, PoolConfig, Request, Statu
 use zspire_identity::{Credentials, ExpectedPeers, Peer, tls};
 use zspire_model::SpiffeId;
 
-use crate::connect::Sockets;
+use crate::connect::{Reach, Sockets};
 use crate::flow::Failure;
 use crate::live::{Proof, Proved, Registry};
 use crate::metrics::{Flag, Reporter};
@@ -160,7 +160,7 @@ impl Tunnels {
     /// Makes a tunnel to a peer that proves to be the right one.
     async fn make(self, key: Key, credentials: Arc<Credentials>) -> Result<Connected, Failure> {
         let shared = &self.0.shared;
-        let socket = self.0.sockets.connect(key.destination, key.source_address).await?;
+        let socket = self.0.sockets.connect(key.destination, key.source_address, Reach::Network).await?;
         let Begun { tunnel, driver, until, peer } = over(shared, socket, &credentials, &key.expected).await?;
         let proved = self.prove(&key, &credentials, &peer);
         let renew_at = renewal(SystemTime::now(), credentials.not_after().min(peer.not_after));

@@ -110,7 +110,7 @@ table! {
         HTTP2_STREAM_WINDOW_SIZE = "4194304": "Flow-control window of one connection in a tunnel, bytes.";
         HTTP2_CONNECTION_WINDOW_SIZE = "16777216": "Flow-control window of a tunnel, bytes.";
         HTTP2_FRAME_SIZE = "1048576": "Largest DATA frame accepted, bytes (16384 to 16777215).";
-        KEEPALIVE_ENABLED = "true": "TCP keepalive on the sockets of tunnels and applications.";
+        KEEPALIVE_ENABLED = "true": "TCP keepalive on connections with other hosts: those within a pod need none.";
         KEEPALIVE_TIME = "180s": "Idle time before the first keepalive probe.";
         KEEPALIVE_INTERVAL = "180s": "Time between keepalive probes.";
         KEEPALIVE_RETRIES = "9": "Unanswered probes before a connection is dead.";
