@@ -137,10 +137,16 @@ where
 }
 
 /// `key=value` pairs: strings quoted, everything else as it is.
-#[derive(Default)]
 struct Plain {
     message: String,
     rest: String,
+}
+
+impl Default for Plain {
+    fn default() -> Self {
+        // An access line fits without growing.
+        Self { message: String::with_capacity(64), rest: String::with_capacity(1024) }
+    }
 }
 
 impl Plain {
