@@ -11,7 +11,7 @@ use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
@@ -21,6 +21,8 @@ use smallvec::SmallVec;
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+use tokio::net::tcp::ReadHalf;
+use tokio_util::io::poll_read_buf;
 
 use crate::meter::{self, Counters, End};
 use crate::shared::{Held, Shared};
@@ -37,12 +39,13 @@ impl Stream {
     /// Carries bytes between the stream and a socket until both directions have ended, or until `cut` completes.
     ///
     /// Dropping the future resets the stream and closes the socket.
-    pub async fn relay(self, app: TcpStream, counters: &Counters, cut: impl Future<Output = ()>) -> End {
+    pub async fn relay(self, mut app: TcpStream, counters: &Counters, cut: impl Future<Output = ()>) -> End {
         let Self { mut send, mut recv, slot } = self;
         let state = State::default();
         let end = {
-            let mut up = pin!(up(&app, &mut send, &slot.0, counters, &state));
-            let mut down = pin!(down(&app, &mut recv, &slot.0, counters, &state));
+            let (from, to) = app.split();
+            let mut up = pin!(up(from, &mut send, &slot.0, counters, &state));
+            let mut down = pin!(down(to.as_ref(), &mut recv, &slot.0, counters, &state));
             let mut cut = pin!(cut);
             poll_fn(|cx| poll_both(cx, &state, up.as_mut(), down.as_mut(), cut.as_mut())).await
         };
@@ -108,10 +111,16 @@ where
 
 /// From the application into the stream. It completes only when something fails: after the application's end it goes on
 /// watching for a reset.
-async fn up(app: &TcpStream, send: &mut SendStream<Bytes>, shared: &Shared, counters: &Counters, state: &State) -> End {
+async fn up(
+    mut app: ReadHalf<'_>,
+    send: &mut SendStream<Bytes>,
+    shared: &Shared,
+    counters: &Counters,
+    state: &State,
+) -> End {
     let mut size = READ_MIN;
     loop {
-        let read = poll_fn(|cx| poll_read(cx, app, send, shared, state, &mut size)).await;
+        let read = poll_fn(|cx| poll_read(cx, &mut app, send, shared, state, &mut size)).await;
         let bytes = match read {
             Ok(bytes) => bytes,
             Err(end) => return end,
@@ -127,7 +136,7 @@ async fn up(app: &TcpStream, send: &mut SendStream<Bytes>, shared: &Shared, coun
     }
     state.up_done.set(true);
     match app.ready(Interest::ERROR).await {
-        Ok(_) => End::Application(meter::socket_error(app)),
+        Ok(_) => End::Application(meter::socket_error(app.as_ref())),
         Err(error) => End::Application(Arc::new(error)),
     }
 }
@@ -135,14 +144,14 @@ async fn up(app: &TcpStream, send: &mut SendStream<Bytes>, shared: &Shared, coun
 /// The next bytes of the application; none at its end.
 fn poll_read(
     cx: &mut Context<'_>,
-    app: &TcpStream,
+    app: &mut ReadHalf<'_>,
     send: &mut SendStream<Bytes>,
     shared: &Shared,
     state: &State,
     size: &mut usize,
 ) -> Poll<Result<Bytes, End>> {
     loop {
-        if app.poll_read_ready(cx).map_err(|error| End::Application(Arc::new(error)))?.is_pending() {
+        if app.as_ref().poll_read_ready(cx).map_err(|error| End::Application(Arc::new(error)))?.is_pending() {
             // Window that an idle stream has reserved is window that the others lack.
             *size = READ_MIN;
             if send.capacity() > 0 {
@@ -160,15 +169,16 @@ fn poll_read(
         };
         let want = room.min(*size);
         let mut buffer = BytesMut::with_capacity(want);
-        match app.try_read_buf(&mut (&mut buffer).limit(want)) {
-            Ok(n) => {
+        // After a short read it is not asked again until the kernel says that there is more.
+        match poll_read_buf(Pin::new(&mut *app), cx, &mut (&mut buffer).limit(want)) {
+            Poll::Ready(Ok(n)) => {
                 if n == *size {
                     *size = (*size * 4).min(READ_MAX);
                 }
                 return Poll::Ready(Ok(buffer.freeze()));
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Poll::Ready(Err(End::Application(Arc::new(error)))),
+            Poll::Ready(Err(error)) => return Poll::Ready(Err(End::Application(Arc::new(error)))),
+            Poll::Pending => {}
         }
     }
 }
