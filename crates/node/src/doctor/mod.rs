@@ -124,7 +124,7 @@ fn mesh_file(config: &Config, source: &LocalXds) -> Vec<Finding> {
             }
             let count: usize = domains.values().sum();
             vec![
-                Finding::ok(CHECK, format!("{name}: {count} workloads")),
+                Finding::ok(CHECK, format!("{name}, workloads: {count}")),
                 trust_domains_of(&domains, &config.trust_domain),
             ]
         }
