@@ -9,8 +9,9 @@ export PATH := $(PATH):/usr/sbin:/sbin:$(CACHE)/tools-1/bin
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
 
-demo: ## bring up a mesh on this machine and send traffic through it (ARGS="--once --json")
+demo: ## bring up a mesh on this machine and send traffic through it (ARGS="--once --json", "--identity spire")
 	@scripts/install demo
+	@case "$(ARGS)" in *"identity spire"* | *identity=spire*) scripts/install spire ;; esac
 	@cargo build --quiet --release --locked -p zspire
 	@target/release/zspire demo $(ARGS)
 

@@ -8,6 +8,7 @@ mod capture;
 mod children;
 mod mesh;
 mod report;
+mod spire;
 mod stage;
 
 use std::path::{Path, PathBuf};
@@ -17,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use clap::Args as ClapArgs;
+use clap::{Args as ClapArgs, ValueEnum};
 use serde_json::Value;
 use zspire_sys::userns;
 
@@ -32,6 +33,16 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Between two looks at something that has to come about.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// Where identities come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Identity {
+    /// zspire's own control plane, which is discovery as well
+    ControlPlane,
+    /// A real SPIRE; discovery is a file
+    Spire,
+}
+
 /// Options of the demo.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Args {
@@ -44,6 +55,9 @@ pub(crate) struct Args {
     /// Use loopback addresses and SOCKS5, as where user namespaces are forbidden
     #[arg(long)]
     loopback: bool,
+    /// Where identities come from
+    #[arg(long, value_enum, default_value_t = Identity::ControlPlane)]
+    identity: Identity,
     #[command(subcommand)]
     app: Option<app::App>,
 }
@@ -61,7 +75,7 @@ pub(crate) fn run(args: Args) -> ExitCode {
     if let Some(why) = &why_loopback {
         voice.line(&format!("no namespaces, so loopback addresses and SOCKS5 instead: {why}\n"));
     }
-    let mut demo = match Demo::new(stage, why_loopback, voice) {
+    let mut demo = match Demo::new(stage, why_loopback, args.identity, voice) {
         Ok(demo) => demo,
         Err(error) => return exit::complain(error, exit::finding()),
     };
@@ -95,6 +109,8 @@ struct Demo {
     folder: PathBuf,
     program: PathBuf,
     canary: String,
+    /// None: the control plane.
+    spire: Option<spire::Spire>,
     voice: Voice,
     report: Report,
     interrupted: Arc<AtomicBool>,
@@ -102,11 +118,19 @@ struct Demo {
 }
 
 impl Demo {
-    fn new(stage: Stage, why_loopback: Option<String>, voice: Voice) -> anyhow::Result<Self> {
+    fn new(stage: Stage, why_loopback: Option<String>, identity: Identity, voice: Voice) -> anyhow::Result<Self> {
+        let folder = std::env::temp_dir().join(format!("zspire-demo-{}", std::process::id()));
+        let spire = match identity {
+            Identity::ControlPlane => None,
+            Identity::Spire => {
+                let why = why_loopback.as_deref().unwrap_or_default();
+                anyhow::ensure!(why_loopback.is_none(), "--identity spire needs namespaces: {why}");
+                Some(spire::Spire::find(&folder, stage.control_plane.ip())?)
+            }
+        };
         let mut random = [0; 16];
         std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut random)?;
         let canary: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-        let folder = std::env::temp_dir().join(format!("zspire-demo-{}", std::process::id()));
         // It will hold the CA's key: for this user alone.
         std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700)
             .create(&folder)
@@ -114,6 +138,7 @@ impl Demo {
         let report = Report {
             ok: true,
             mode: stage.mode(),
+            identity,
             why_loopback,
             steps: Vec::new(),
             pods: Vec::new(),
@@ -123,15 +148,19 @@ impl Demo {
         };
         let program = std::env::current_exe().context("cannot find this program")?;
         let (children, interrupted) = (Children::new(folder.clone()), interruption()?);
-        Ok(Self { stage, children, folder, program, canary, voice, report, interrupted, recorder: None })
+        Ok(Self { stage, children, folder, program, canary, spire, voice, report, interrupted, recorder: None })
     }
 
     /// One step after the other; the first that fails ends it.
     fn play(&mut self) {
         type Play = fn(&mut Demo) -> anyhow::Result<String>;
+        let issuer: (&'static str, Play) = match self.spire {
+            None => ("control plane", Self::control_plane),
+            Some(_) => ("SPIRE", Self::start_spire),
+        };
         let steps: [(&'static str, Play); 9] = [
             ("network", Self::network),
-            ("control plane", Self::control_plane),
+            issuer,
             ("proxies", Self::proxies),
             ("enrol", Self::enrol),
             ("identities", Self::identities),
@@ -167,7 +196,11 @@ impl Demo {
     }
 
     fn zspire(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
+        self.zspire_as(&self.program, arguments)
+    }
+
+    fn zspire_as(&self, program: &Path, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
         command.args(arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir(&self.folder);
         command
     }
@@ -184,9 +217,39 @@ impl Demo {
         self.stage.outside(command)
     }
 
-    fn control_plane(&mut self) -> anyhow::Result<String> {
+    fn write_mesh(&self) -> anyhow::Result<()> {
         let addresses: Vec<_> = self.stage.pods.iter().map(|pod| pod.address).collect();
-        std::fs::write(self.folder.join("mesh.yaml"), mesh::file(&addresses, self.stage.vip))?;
+        Ok(std::fs::write(self.folder.join("mesh.yaml"), mesh::file(&addresses, self.stage.vip))?)
+    }
+
+    /// A server, an agent on each node, and an entry for each pod's application.
+    fn start_spire(&mut self) -> anyhow::Result<String> {
+        self.write_mesh()?;
+        let spire = self.spire.clone().context("SPIRE was not asked for")?;
+        self.children.start("spire-server", self.stage.outside(spire.server()?))?;
+        self.until("SPIRE's server to answer", |_| spire.ask(&["bundle", "show"]).map(drop))?;
+        std::fs::create_dir(self.folder.join("apps"))?;
+        for pod in &self.stage.pods {
+            let application = self.application(pod);
+            spire::copy(&self.program, &application)?;
+            spire.register(&self.stage.host(pod).name, &application, &pod.plan.spiffe_id())?;
+        }
+        for n in 0..self.stage.hosts.len() {
+            let name = self.stage.hosts[n].name.clone();
+            let command = self.stage.hosts[n].inside(spire.agent(&name, &self.program)?);
+            self.children.start(&format!("spire-agent-{name}"), command)?;
+            self.until(&format!("the SPIRE agent of {name} to serve"), |_| spire.serves(&name))?;
+        }
+        Ok("a server, an agent on each node, which the proxy asks by the Broker API; an entry for the program of each pod".into())
+    }
+
+    /// The program that a pod runs, by whose path an agent knows it.
+    fn application(&self, pod: &Pod) -> PathBuf {
+        self.folder.join("apps").join(pod.plan.name)
+    }
+
+    fn control_plane(&mut self) -> anyhow::Result<String> {
+        self.write_mesh()?;
         let command = self.control_plane_command(&[]);
         self.children.start("control-plane", command)?;
         // A token for each proxy: whoever has it may join once, as that node.
@@ -226,7 +289,9 @@ impl Demo {
             true => "one on each node, and a node agent beside it",
             false => "one in each pod, dedicated",
         };
-        Ok(format!("{which}; joined, and following the control plane"))
+        let how =
+            if self.spire.is_some() { "following the mesh file" } else { "joined, and following the control plane" };
+        Ok(format!("{which}; {how}"))
     }
 
     /// A command of a node's agent, or one that asks it.
@@ -241,9 +306,20 @@ impl Demo {
             return Ok("not done: on loopback each proxy serves one pod, which asks it by SOCKS5".into());
         }
         let mut told = String::from("connections redirected by rules in the pod, then served by the node's proxy");
-        for pod in &self.stage.pods {
+        for n in 0..self.stage.pods.len() {
+            let pod = &self.stage.pods[n];
             let netns = pod.netns_file().context("a pod among namespaces has one")?;
-            let arguments = enroll_arguments(pod, &["--netns", &netns]);
+            let arguments = match self.spire {
+                None => enroll_arguments(pod, &["--netns", &netns]),
+                Some(_) => {
+                    // It is the process that is attested, so it has to be there.
+                    let command = self.zspire_as(&self.application(pod), &["demo", "pause"]);
+                    let (name, command) = (format!("pod-{}", pod.plan.name), pod.inside(command));
+                    let process = self.children.start(&name, command)?.to_string();
+                    enroll_arguments(&self.stage.pods[n], &["--pid", &process])
+                }
+            };
+            let pod = &self.stage.pods[n];
             let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
             let output = self.agent(self.stage.host(pod), &arguments).output()?;
             anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
@@ -255,12 +331,16 @@ impl Demo {
     fn proxy(&self, host: &Host) -> Command {
         let (name, control_plane) = (&host.name, format!("https://{}", self.stage.control_plane));
         let mut command = self.zspire(&["proxy"]);
+        match &self.spire {
+            Some(spire) => command.envs(spire.proxy_environment(name)),
+            None => command
+                .env("CA_ADDRESS", &control_plane)
+                .env("XDS_ADDRESS", &control_plane)
+                .env("ZSPIRE_JOIN_TOKEN", self.folder.join(format!("{name}.token")))
+                .env("ZSPIRE_STATE_DIR", self.folder.join(format!("{name}.state"))),
+        };
         command
             .env("NODE_NAME", &host.node)
-            .env("CA_ADDRESS", &control_plane)
-            .env("XDS_ADDRESS", &control_plane)
-            .env("ZSPIRE_JOIN_TOKEN", self.folder.join(format!("{name}.token")))
-            .env("ZSPIRE_STATE_DIR", self.folder.join(format!("{name}.state")))
             .env("LOG_FORMAT", "json")
             .env("ZTUNNEL_WORKER_THREADS", "2")
             .envs(host.proxy_environment(&self.folder));
@@ -280,7 +360,10 @@ impl Demo {
     }
 
     fn identities(&mut self) -> anyhow::Result<String> {
-        let mut told = String::from("X.509-SVIDs, issued by the control plane to the node of each pod");
+        let mut told = String::from(match self.spire {
+            None => "X.509-SVIDs, issued by the control plane to the node of each pod",
+            Some(_) => "X.509-SVIDs from SPIRE, each attested by its node's agent for a process of the pod",
+        });
         for n in 0..self.stage.pods.len() {
             let expected = self.stage.pods[n].plan.spiffe_id();
             let entry = self.until(&format!("the certificate {expected}"), |demo| {
@@ -500,6 +583,7 @@ impl Demo {
         self.voice.line("\nThe mesh stays up. Try, in another terminal:\n");
         let proxy = nodes.first().unwrap_or(&scripts[0]);
         self.voice.line(&format!("  {} zspire certificates", proxy.display()));
+        self.voice.line(&format!("  {} zspire identity list", proxy.display()));
         self.voice.line(&format!("  {} {}", scripts[0].display(), request(0)));
         self.voice.line(&format!("  {} {}", scripts[1].display(), request(1)));
         if let Some(node) = nodes.first() {

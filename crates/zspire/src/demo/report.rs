@@ -14,6 +14,8 @@ pub(super) struct Report {
     pub(super) ok: bool,
     /// `namespaces`, or `loopback` where those are forbidden.
     pub(super) mode: &'static str,
+    /// Where identities came from.
+    pub(super) identity: super::Identity,
     /// Why it is not `namespaces`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) why_loopback: Option<String>,
