@@ -33,6 +33,12 @@ pub fn deny_from(account: &str) -> Policy {
     Policy { name: format!("deny-{account}"), action: "Deny", rules: principal(account), scope: NAMESPACE_SCOPE }
 }
 
+/// `deny-principal`: denies connections of an identity, which is named without `spiffe://`.
+pub fn deny_principal(principal: &str) -> Policy {
+    let rules = json!([[[{ "principals": [{ "Exact": principal }] }]]]);
+    Policy { name: "deny-principal".into(), action: "Deny", rules, scope: NAMESPACE_SCOPE }
+}
+
 /// `allow-<account>`: allows connections of a service account, and so no others.
 pub fn allow_from(account: &str) -> Policy {
     Policy { name: format!("allow-{account}"), action: "Allow", rules: principal(account), scope: NAMESPACE_SCOPE }

@@ -120,8 +120,8 @@ fn process_that_ends_loses_its_identity_also_as_a_zombie(way: Way) {
     let state = std::fs::read_to_string(format!("/proc/{}/stat", process.id())).unwrap();
     assert!(state.contains(") Z "), "{state}");
     let next = spire.process(&server, spire.user(&server));
-    wait_for_state(&server, "Available");
-    client.reaches(server.app());
+    // Who waits for it has it asked about soon.
+    until("the next process to be served", || client.ask(server.app()));
     drop((next, process));
 }
 
