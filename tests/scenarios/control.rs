@@ -45,6 +45,37 @@ fn control_plane_down_at_the_start_is_told_and_waited_for() {
     });
 }
 
+#[test]
+fn doctor_says_whether_the_control_plane_can_be_reached() {
+    scenario(|| {
+        let mesh = mesh().control_plane().node("a").pod("client").start();
+        let client = mesh.pod("client");
+        let doctor = || {
+            let output = client.with_settings(&["doctor", "-o", "json"]).output().unwrap();
+            let said: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+            (output.status.code(), said)
+        };
+        let outcome = |said: &Value, check: &str| {
+            let mut all = said["checks"].as_array().into_iter().flatten();
+            all.find(|it| it["check"] == check).map(|it| it["outcome"].as_str().unwrap_or_default().to_owned())
+        };
+        let (code, said) = doctor();
+        assert_eq!((code, &said["failed"]), (Some(0), &Value::from(0)), "{said}");
+        for check in ["CA", "discovery", "running proxy", "trust domain of the mesh"] {
+            assert_eq!(outcome(&said, check).as_deref(), Some("ok"), "{check}: {said}");
+        }
+        mesh.stop_control_plane();
+        let (code, said) = doctor();
+        assert_eq!(code, Some(1), "{said}");
+        for check in ["CA", "discovery"] {
+            assert_eq!(outcome(&said, check).as_deref(), Some("fail"), "{check}: {said}");
+        }
+        let mut wrong = client.with_settings(&["doctor"]);
+        let output = wrong.env("IDENTITY_SOURCE", "hope").output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+    });
+}
+
 /// The process stays up and says so, and takes up another token from the file.
 #[test]
 fn join_token_that_is_refused_is_not_shown_again() {

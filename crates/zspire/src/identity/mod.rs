@@ -7,14 +7,13 @@ mod explain;
 pub(crate) mod moment;
 pub(crate) mod page;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Subcommand};
 
 use crate::exit;
-use crate::inspect::{Output, fetch, tables};
+use crate::inspect::{Origin, Output, tables};
 use moment::{ago, until};
 use page::{Identity, Page};
 
@@ -29,7 +28,7 @@ pub(crate) enum Command {
         #[arg(short, long, value_name = "NAMESPACE")]
         namespace: Option<String>,
         #[command(flatten)]
-        from: From,
+        from: Origin,
     },
     /// Show all that is known of one pod's identity
     Show(One),
@@ -38,7 +37,7 @@ pub(crate) enum Command {
         /// `namespace/name`, a name or a uid; `proxy` for the proxy's own; all if left out
         pod: Option<String>,
         #[command(flatten)]
-        from: From,
+        from: Origin,
     },
     /// Say what was asked, what was answered, and what to do; exit code 1 if the pod has no identity
     Explain(One),
@@ -50,37 +49,17 @@ pub(crate) struct One {
     /// `namespace/name`, a name or a uid; `proxy` for the proxy's own
     pod: String,
     #[command(flatten)]
-    from: From,
+    from: Origin,
 }
 
-/// Where the page comes from, and how it is printed.
-#[derive(Debug, ClapArgs)]
-pub(crate) struct From {
-    /// Admin address of the proxy
-    #[arg(long, value_name = "HOST:PORT", default_value = "localhost:15000", env = "ZSPIRE_ADMIN")]
-    admin: String,
-    /// Read a saved /identities instead of asking a proxy
-    #[arg(long, value_name = "FILE", conflicts_with = "admin")]
-    file: Option<PathBuf>,
-    /// How to print
-    #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    output: Output,
-}
-
-impl From {
-    fn page(&self) -> Result<Page, String> {
-        let text = match &self.file {
-            Some(path) => std::fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display())),
-            None => fetch::get(&self.admin, "/identities"),
-        };
-        Page::parse(&text?)
-    }
+fn read(from: &Origin) -> Result<Page, String> {
+    Page::parse(&from.text("/identities")?)
 }
 
 /// Runs one of the commands.
 pub(crate) fn run(command: Command) -> ExitCode {
     match command {
-        Command::List { namespace, from } => match from.page() {
+        Command::List { namespace, from } => match read(&from) {
             Ok(page) => {
                 let which = page.of_namespace(namespace.as_deref());
                 exit::print(&match from.output {
@@ -110,7 +89,7 @@ pub(crate) fn run(command: Command) -> ExitCode {
 }
 
 fn about(one: &One, show: impl FnOnce(&Page, usize) -> ExitCode) -> ExitCode {
-    let page = match one.from.page() {
+    let page = match read(&one.from) {
         Ok(page) => page,
         Err(error) => return exit::complain(error, exit::cannot_reach()),
     };
@@ -210,11 +189,11 @@ fn details(it: &Identity, now: i64) -> String {
 }
 
 /// Prints what changes until stopped.
-fn watch(pod: Option<&str>, from: &From) -> ExitCode {
+fn watch(pod: Option<&str>, from: &Origin) -> ExitCode {
     let mut before: Vec<Identity> = Vec::new();
     let (mut first, mut away) = (true, false);
     loop {
-        match from.page() {
+        match read(from) {
             Ok(page) => {
                 let which = match pod.map(|pod| page.find(pod)).transpose() {
                     Ok(Some(one)) => vec![one],

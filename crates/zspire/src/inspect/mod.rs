@@ -30,18 +30,35 @@ pub(crate) enum Output {
     Json,
 }
 
-/// Options of every inspecting command.
+/// Where a page of the admin port comes from, and how it is printed.
 #[derive(Debug, ClapArgs)]
-pub(crate) struct Args {
+pub(crate) struct Origin {
     /// Admin address of the proxy
     #[arg(long, value_name = "HOST:PORT", default_value = "localhost:15000", env = "ZSPIRE_ADMIN")]
     admin: String,
-    /// Read a saved /config_dump instead of asking a proxy
+    /// Read a saved page (/config_dump, for identity /identities) instead of asking a proxy
     #[arg(long, value_name = "FILE", conflicts_with = "admin")]
-    file: Option<PathBuf>,
+    pub(crate) file: Option<PathBuf>,
     /// How to print
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    output: Output,
+    pub(crate) output: Output,
+}
+
+impl Origin {
+    /// The page at `path`.
+    pub(crate) fn text(&self, path: &str) -> Result<String, String> {
+        match &self.file {
+            Some(file) => std::fs::read_to_string(file).map_err(|e| format!("cannot read {}: {e}", file.display())),
+            None => fetch::get(&self.admin, path),
+        }
+    }
+}
+
+/// Options of every inspecting command.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    from: Origin,
     /// Show this namespace only
     #[arg(short, long, value_name = "NAMESPACE")]
     namespace: Option<String>,
@@ -49,16 +66,12 @@ pub(crate) struct Args {
 
 /// Fetches the dump and prints one view of it.
 pub(crate) fn run(view: View, args: &Args) -> ExitCode {
-    let text = match &args.file {
-        Some(path) => std::fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display())),
-        None => fetch::get(&args.admin, "/config_dump"),
-    };
-    let dump = match text.and_then(|text| dump::parse(&text)) {
+    let dump = match args.from.text("/config_dump").and_then(|text| dump::parse(&text)) {
         Ok(dump) => dump,
         Err(error) => return exit::complain(error, exit::cannot_reach()),
     };
     let namespace = args.namespace.as_deref();
-    let printed = match args.output {
+    let printed = match args.from.output {
         Output::Json => dump.json(view, namespace),
         Output::Table => tables::table(&dump, view, namespace),
     };
