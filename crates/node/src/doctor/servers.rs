@@ -1,9 +1,10 @@
 //! The CA and the discovery server: whether they can be reached, and whether what they are verified against and what they are
 //! shown is there. It makes no call: a connection is opened and closed.
 
+use std::io;
 use std::path::Path;
 
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, lookup_host};
 use tokio::time::timeout;
 use zspire_identity::Bundle;
 
@@ -12,7 +13,7 @@ use crate::config::{Config, RootCert, Server, Token};
 
 pub(super) async fn ca(config: &Config) -> Vec<Finding> {
     let Some(server) = &config.ca else { return vec![Finding::skip("CA", "CA_ADDRESS is empty")] };
-    let mut all = vec![reach("CA", "CA_ADDRESS", server).await];
+    let mut all = vec![reach("CA", "CA_ADDRESS", config, server).await];
     all.extend(roots("root of the CA", "CA_ROOT_CA", config, server));
     all.extend(token(config));
     all
@@ -20,12 +21,12 @@ pub(super) async fn ca(config: &Config) -> Vec<Finding> {
 
 pub(super) async fn discovery(config: &Config) -> Vec<Finding> {
     let Some(server) = &config.xds else { return vec![Finding::skip("discovery", "XDS_ADDRESS is empty")] };
-    let mut all = vec![reach("discovery", "XDS_ADDRESS", server).await];
+    let mut all = vec![reach("discovery", "XDS_ADDRESS", config, server).await];
     all.extend(roots("root of discovery", "XDS_ROOT_CA", config, server));
     all
 }
 
-async fn reach(check: &'static str, variable: &str, server: &Server) -> Finding {
+async fn reach(check: &'static str, variable: &str, config: &Config, server: &Server) -> Finding {
     let address = &server.address;
     let Ok(uri) = address.parse::<http::Uri>() else { return Finding::fail(check, format!("{address} is no URL")) };
     let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("http") { 80 } else { 443 });
@@ -34,11 +35,29 @@ async fn reach(check: &'static str, variable: &str, server: &Server) -> Finding 
         Finding::fail(check, format!("{address}: {why}"))
             .next(format!("Is the server there, and may this machine reach it? {variable} names it."))
     };
-    match timeout(PATIENCE, TcpStream::connect((host, port))).await {
-        Ok(Ok(_)) => Finding::ok(check, format!("{address} takes connections")),
+    match timeout(PATIENCE, connect(&host, port, config.packet_mark)).await {
+        Ok(Ok(())) => Finding::ok(check, format!("{address} takes connections")),
         Ok(Err(error)) => failed(error.to_string()),
         Err(_) => failed(format!("no connection within {} s", PATIENCE.as_secs())),
     }
+}
+
+/// Marked like the proxy's own connections: in the proxy's pod others would be captured, and succeed at the proxy.
+async fn connect(host: &str, port: u16, mark: Option<u32>) -> io::Result<()> {
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    for address in lookup_host((host, port)).await? {
+        let socket = if address.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }?;
+        if let Some(mark) = mark
+            && let Err(error) = zspire_sys::socket::set_mark(&socket, mark)
+        {
+            tracing::debug!(%error, "cannot mark a connection (CAP_NET_ADMIN)");
+        }
+        match socket.connect(address).await {
+            Ok(_) => return Ok(()),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 fn roots(check: &'static str, variable: &str, config: &Config, server: &Server) -> Option<Finding> {
