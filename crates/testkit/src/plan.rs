@@ -504,6 +504,13 @@ impl Plan {
         self
     }
 
+    /// Agents' own SVIDs are good for so many seconds.
+    #[must_use]
+    pub fn agents_for(mut self, seconds: u32) -> Self {
+        self.spire_settings().agent_lifetime = seconds;
+        self
+    }
+
     /// Proxies begin with a control plane, whose root signs for SPIRE as well ([`Mesh::move_to_spire`]).
     #[must_use]
     pub fn from_control_plane(mut self) -> Self {

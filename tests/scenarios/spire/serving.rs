@@ -15,6 +15,7 @@ by!(
     each_pod_has_its_own_identity_and_they_reach_each_other,
     keys_are_renewed_every_few_seconds,
     agent_ends_twenty_times,
+    agents_renew_their_own_svids,
     svids_of_one_id_are_told_apart_by_hint,
     identities_of_another_form_than_istios_work_and_policies_name_them,
 );
@@ -93,6 +94,29 @@ fn agent_ends_twenty_times(way: Way) {
         wait_for_another(pod, &serial(pod));
         wait_for_state(pod, "Available");
     }
+}
+
+fn agents_renew_their_own_svids(way: Way) {
+    let mesh = mesh().spire(way).svids_for(14).agents_for(14).node("a").pod("client").node("b").pod("server").start();
+    let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+    let _app = server.greet();
+    let load = Load::new(&client, &server);
+    load.during(1, || {
+        for node in ["a", "b"] {
+            // Every five seconds: the one that it began with has expired when the fourth is there.
+            until("the agent to renew its own SVID", || {
+                let log = mesh.spire().agent(node).log();
+                match log.matches("Successfully reattested node").count() {
+                    4.. => Ok(()),
+                    count => Err(count),
+                }
+            });
+        }
+        for pod in [&client, &server] {
+            wait_for_another(pod, &serial(pod));
+        }
+        load.more(20);
+    });
 }
 
 fn svids_of_one_id_are_told_apart_by_hint(way: Way) {

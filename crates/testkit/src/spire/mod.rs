@@ -105,13 +105,15 @@ pub struct Settings {
     pub way: Way,
     /// How long pods' SVIDs are good for, in seconds.
     pub lifetime: u32,
+    /// The same of agents' own.
+    pub agent_lifetime: u32,
     /// Proxies begin with a control plane, whose root signs for SPIRE as well, until a test moves them.
     pub from_control_plane: bool,
 }
 
 impl Settings {
     pub(crate) fn new(way: Way) -> Self {
-        Self { way, lifetime: 300, from_control_plane: false }
+        Self { way, lifetime: 300, agent_lifetime: 1800, from_control_plane: false }
     }
 }
 
@@ -154,7 +156,7 @@ impl Spire {
         uplink: (&Netns, std::net::Ipv4Addr),
         nodes: &[Node],
     ) -> Self {
-        let Settings { way, lifetime, from_control_plane } = settings;
+        let Settings { way, lifetime, from_control_plane, .. } = settings;
         let programs = programs();
         let users = fs::read_to_string("/proc/self/uid_map").expect("proc(5)");
         let all = users.split_whitespace().nth(2) == Some("4294967295");
@@ -166,10 +168,8 @@ impl Spire {
         let mut names: Vec<&str> = nodes.iter().map(|node| &*node.trust_domain).collect();
         names.sort_unstable();
         names.dedup();
-        let servers: Vec<Server> = (0..)
-            .zip(names)
-            .map(|(n, name)| Server::start(name, n, folder, uplink, from_control_plane, &programs))
-            .collect();
+        let servers: Vec<Server> =
+            (0..).zip(names).map(|(n, name)| Server::start(name, n, folder, uplink, settings, &programs)).collect();
         let mut kubelets = BTreeMap::new();
         if way == Way::BrokerByPod {
             kubelets.extend(nodes.iter().map(|node| (node.name.clone(), Kubelet::start(&node.netns, &node.name))));

@@ -10,7 +10,7 @@ use serde_json::Value;
 use zspire_sys::netns::Netns;
 use zspire_sys::process::in_netns;
 
-use super::{pki, program, wait_until_ready};
+use super::{Settings, pki, program, wait_until_ready};
 use crate::mesh::lock;
 use crate::process::Process;
 
@@ -38,7 +38,7 @@ pub struct Server {
     address: Ipv4Addr,
     netns: Netns,
     folder: PathBuf,
-    has_root_above: bool,
+    settings: Settings,
     programs: PathBuf,
     process: Mutex<Option<Process>>,
 }
@@ -50,7 +50,7 @@ impl Server {
         number: u16,
         folder: &Path,
         (netns, address): (&Netns, Ipv4Addr),
-        has_root_above: bool,
+        settings: Settings,
         programs: &Path,
     ) -> Self {
         let server = Self {
@@ -59,7 +59,7 @@ impl Server {
             address,
             netns: netns.clone(),
             folder: folder.into(),
-            has_root_above,
+            settings,
             programs: programs.into(),
             process: Mutex::default(),
         };
@@ -184,10 +184,10 @@ impl Server {
     fn configuration(&self) -> String {
         let own = self.own();
         let (own, ca) = (own.display(), self.folder.join(pki::CA));
-        let Self { trust_domain, address, number, .. } = self;
+        let Self { trust_domain, address, number, settings: Settings { agent_lifetime, .. }, .. } = self;
         let (root, key) = (self.folder.join(pki::UPSTREAM), self.folder.join(pki::UPSTREAM_KEY));
         let files = format!("cert_file_path = \"{}\" key_file_path = \"{}\"", root.display(), key.display());
-        let root_above = match self.has_root_above {
+        let root_above = match self.settings.from_control_plane {
             true => format!("  UpstreamAuthority \"disk\" {{ plugin_data {{ {files} }} }}\n"),
             false => String::new(),
         };
@@ -201,7 +201,7 @@ impl Server {
   socket_path = "{own}/api.sock"
   ca_ttl = "1h"
   default_x509_svid_ttl = "5m"
-  agent_ttl = "30m"
+  agent_ttl = "{agent_lifetime}s"
   log_level = "INFO"
   federation {{
     bundle_endpoint {{ address = "{address}" port = {bundle_port} refresh_hint = "5s" profile "https_spiffe" {{}} }}
