@@ -96,9 +96,16 @@ impl Story {
     }
 
     pub(crate) fn answered(&mut self, offered: Vec<Offered>, bundles: &Bundles, now: SystemTime) {
+        if !offered.is_empty() || bundles.iter().next().is_some() {
+            // An answer without anything says nothing of whom an SVID would trust.
+            self.trust(bundles, now);
+        }
         self.answer = Some(offered);
-        self.bundles = bundles.iter().map(|(domain, bundle)| self.trusted(domain, bundle, now)).collect();
         self.updates += 1;
+    }
+
+    fn trust(&mut self, bundles: &Bundles, now: SystemTime) {
+        self.bundles = bundles.iter().map(|(domain, bundle)| self.trusted(domain, bundle, now)).collect();
     }
 
     pub(crate) fn went_wrong(&mut self, code: &'static str, why: Str, at: SystemTime) {

@@ -24,7 +24,7 @@ pub struct Spire {
 
 /// Starts the source that IDENTITY_SOURCE names.
 pub fn start(config: &Config, policy: &Policy, tasks: &Tasks) -> anyhow::Result<Spire> {
-    let settings = Settings {
+    let mut settings = Settings {
         policy: policy.clone(),
         hint: config.spire.hint.as_deref().map(Into::into),
         accept_other_id: config.spire.accept_other_id,
@@ -42,7 +42,9 @@ pub fn start(config: &Config, policy: &Policy, tasks: &Tasks) -> anyhow::Result<
             tasks.spawn("trust bundles", bundles.run(tasks.stop.clone()));
             if config.own_workload().is_some() && config.spire.workload_api.is_some() {
                 // The agent is not shown it: peers are, who ask for the proxy's metrics.
-                own_source = Some(own(config, settings.clone(), tasks)?);
+                let own = own(config, settings.clone(), tasks)?;
+                settings.own = Some(own.watch(&own_key(config)?, Priority::WarmUp));
+                own_source = Some(own);
             }
             Arc::new(agent)
         }
@@ -50,6 +52,7 @@ pub fn start(config: &Config, policy: &Policy, tasks: &Tasks) -> anyhow::Result<
             // Whoever the agent says this process is: nothing but the agent's `brokers` depends on it.
             let own = own(config, Settings { accept_other_id: true, ..settings.clone() }, tasks)?;
             let broker = broker(config, &*own)?;
+            settings.own = Some(own.watch(&own_key(config)?, Priority::OnDemand));
             own_source = Some(own);
             Arc::new(broker)
         }

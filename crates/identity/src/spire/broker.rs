@@ -26,8 +26,9 @@ use crate::grpc::Channel;
 use crate::source::Watch;
 use crate::tls::{Error as TlsError, ExpectedPeers, Stream};
 
-/// How long a connection waits for the proxy's own SVID.
+/// How long a connection waits for the proxy's own SVID, and until it is there.
 const OWN_SVID: Duration = Duration::from_secs(5);
+const CONNECT: Duration = Duration::from_secs(15);
 /// How long a server that speaks first is waited for: HTTP/2 lets it, and SPIRE's does.
 const FIRST_WORD: Duration = Duration::from_secs(1);
 
@@ -61,7 +62,9 @@ impl Broker {
         let connect = move || {
             let (to, own, expected, answered) = (endpoint.clone(), own.clone(), expected.clone(), answered.clone());
             async move {
-                let (stream, agent) = open(&to, &own, &expected).await?;
+                let opened = timeout(CONNECT, open(&to, &own, &expected)).await;
+                let late = |_| io::Error::new(io::ErrorKind::TimedOut, format!("the agent at {to} says nothing"));
+                let (stream, agent) = opened.map_err(late)??;
                 *answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(agent);
                 Ok(stream)
             }

@@ -90,18 +90,23 @@ pub(super) fn bundle(domain: &TrustDomain, der: &[u8]) -> Result<Bundle, Malform
     Bundle::new(roots).map_err(|e| malformed(format!("the bundle of {domain}: {e}")))
 }
 
-/// The bundles of several, each under its own name.
-pub(super) fn bundles<'a>(all: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Result<Bundles, Malformed> {
+/// The bundles of several, each under its own name. One that cannot be used is left out, so that its trust domain is not trusted:
+/// it may be another's fault, and must not take the others along.
+pub(super) fn bundles<'a>(all: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Bundles {
     let mut found = Vec::new();
     for (name, der) in all {
         if found.len() == MAX_DOMAINS {
-            return Err(malformed(format!("it has bundles of more than {MAX_DOMAINS} trust domains")));
+            tracing::warn!(most = MAX_DOMAINS, "the agent has bundles of more trust domains, which are left out");
+            break;
         }
-        let domain = trust_domain(name)?;
-        let bundle = bundle(&domain, der)?;
-        found.push((domain, bundle));
+        match trust_domain(name).and_then(|domain| Ok((bundle(&domain, der)?, domain))) {
+            Ok((bundle, domain)) => found.push((domain, bundle)),
+            Err(Malformed(why)) => {
+                tracing::warn!(%why, "a trust bundle cannot be used: its trust domain is not trusted")
+            }
+        }
     }
-    Ok(found.into_iter().collect())
+    found.into_iter().collect()
 }
 
 /// An SVID as the Workload API and the Broker API send it: their messages are the same, field for field.
@@ -127,7 +132,7 @@ pub(super) fn update<'a>(
         domains.push((domain, roots));
         offers.push(offer);
     }
-    let federated = bundles(federated.into_iter().map(|(name, der)| (name.as_str(), &der[..])))?;
+    let federated = bundles(federated.into_iter().map(|(name, der)| (name.as_str(), &der[..])));
     let federated = federated.iter().map(|(domain, bundle)| (domain.clone(), bundle.clone()));
     // The own domain last: a federated bundle never replaces it.
     Ok(Update { offers, bundles: Arc::new(federated.chain(domains).collect()) })

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
+use rand::Rng as _;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -28,8 +29,8 @@ use super::{Agent, Endpoint, Offer, Reference, Refusal, Update, Updates};
 use crate::bundle::{Bundle, Bundles};
 use crate::grpc::{self, Channel};
 
-/// Pause before the bundle stream is opened again.
-const REOPEN: Duration = Duration::from_millis(500);
+/// Pauses before the bundle stream is opened again.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
 /// Bundles by trust domain; `None` before the first message.
 type Known = Option<Arc<BTreeMap<TrustDomain, Bundle>>>;
@@ -67,10 +68,22 @@ impl Bundler {
     /// Runs until `shutdown`. What is known stays known while the agent is away.
     pub async fn run(self, shutdown: CancellationToken) {
         let follow = async {
+            let (mut pause, mut told) = (PAUSES.0, String::new());
             loop {
-                let why = self.follow().await;
-                tracing::debug!(%why, "the stream of trust bundles has ended, opening it again");
-                tokio::time::sleep(REOPEN).await;
+                let (why, served) = self.follow().await;
+                if served {
+                    (pause, told) = (PAUSES.0, String::new());
+                }
+                if why == told {
+                    tracing::debug!(%why, "no trust bundles from the SPIRE agent");
+                } else {
+                    tracing::warn!(%why, "no trust bundles from the SPIRE agent, what is known is kept");
+                    told = why;
+                }
+                // The generator must not be held while it sleeps.
+                let part: f64 = rand::rng().random_range(0.5..=1.0);
+                tokio::time::sleep(pause.mul_f64(part)).await;
+                pause = (pause * 2).min(PAUSES.1);
             }
         };
         tokio::select! {
@@ -79,28 +92,30 @@ impl Bundler {
         }
     }
 
-    async fn follow(&self) -> String {
+    /// Follows one stream to its end: why it ended, and whether it had said anything.
+    async fn follow(&self) -> (String, bool) {
         let opened = client(&self.channel).subscribe_to_x509_bundles(SubscribeToX509BundlesRequest {}).await;
         let mut stream = match opened {
             Ok(stream) => stream.into_inner(),
-            Err(status) => return grpc::explain(&status),
+            Err(status) => return (grpc::explain(&status), false),
         };
+        let mut served = false;
         loop {
             match stream.message().await {
-                Ok(Some(message)) => match bundles(&message) {
-                    Ok(known) => drop(self.bundles.send_replace(Some(Arc::new(known)))),
-                    Err(error) => tracing::warn!(%error, "ignoring a message with trust bundles"),
-                },
-                Ok(None) => return "the agent has ended it".into(),
-                Err(status) => return grpc::explain(&status),
+                Ok(Some(message)) => {
+                    self.bundles.send_replace(Some(Arc::new(bundles(&message))));
+                    served = true;
+                }
+                Ok(None) => return ("the agent has ended their stream".into(), served),
+                Err(status) => return (grpc::explain(&status), served),
             }
         }
     }
 }
 
-fn bundles(message: &SubscribeToX509BundlesResponse) -> Result<BTreeMap<TrustDomain, Bundle>, Malformed> {
+fn bundles(message: &SubscribeToX509BundlesResponse) -> BTreeMap<TrustDomain, Bundle> {
     let all = message.ca_certificates.iter().map(|(name, der)| (name.as_str(), &der[..]));
-    Ok(decode::bundles(all)?.iter().map(|(domain, bundle)| (domain.clone(), bundle.clone())).collect())
+    decode::bundles(all).iter().map(|(domain, bundle)| (domain.clone(), bundle.clone())).collect()
 }
 
 #[async_trait]
@@ -155,7 +170,7 @@ fn offers(message: SubscribeToX509sviDsResponse) -> Result<Offers, Malformed> {
 
 type SvidStream = std::pin::Pin<Box<dyn futures::Stream<Item = Result<Offers, Refusal>> + Send>>;
 
-/// An update whenever either of the two has changed and both are known.
+/// An update whenever either of the two has changed and both are known. A bundle that is missing then is told.
 fn join(svids: SvidStream, bundles: watch::Receiver<Known>) -> Updates {
     struct Join {
         svids: SvidStream,
@@ -175,25 +190,23 @@ fn join(svids: SvidStream, bundles: watch::Receiver<Known>) -> Updates {
                 changed = state.bundles.changed() => changed.ok()?,
             }
             let known = state.bundles.borrow_and_update().clone();
-            let Some(last) = &state.last else { continue };
-            if let Some(update) = combine(last, known.as_deref()) {
-                return Some((Ok(update), state));
+            if let (Some(last), known) = (&state.last, known.as_deref())
+                && (known.is_some() || last.0.is_empty())
+            {
+                return Some((combine(last, known), state));
             }
         }
     }))
 }
 
-/// None while a bundle is missing that the SVIDs cannot do without.
-fn combine((offers, federated): &Offers, known: Option<&BTreeMap<TrustDomain, Bundle>>) -> Option<Update> {
-    if offers.is_empty() {
-        return Some(Update::default());
-    }
-    let known = known?;
+/// Refused while a bundle is missing that the SVIDs cannot do without.
+fn combine((offers, federated): &Offers, known: Option<&BTreeMap<TrustDomain, Bundle>>) -> Result<Update, Refusal> {
+    let Some(known) = known.filter(|_| !offers.is_empty()) else { return Ok(Update::default()) };
     let own = offers.iter().map(|offer| offer.id.trust_domain());
-    if own.clone().any(|domain| !known.contains_key(domain)) {
-        return None;
+    if let Some(domain) = own.clone().find(|domain| !known.contains_key(*domain)) {
+        return Err(Refusal::outage("NoBundle", format!("the SPIRE agent has no usable trust bundle of {domain}")));
     }
     let named = federated.iter().chain(own).filter_map(|domain| Some((domain.clone(), known.get(domain)?.clone())));
     let bundles: Bundles = named.collect();
-    Some(Update { offers: offers.clone(), bundles: Arc::new(bundles) })
+    Ok(Update { offers: offers.clone(), bundles: Arc::new(bundles) })
 }

@@ -7,9 +7,14 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+
+/// How long an agent may be silent before it is asked whether it is there.
+const SILENCE: Duration = Duration::from_secs(15);
 
 /// The address of an agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,7 +70,7 @@ impl Endpoint {
     pub(super) async fn connect(&self) -> io::Result<Io> {
         let connected = match self {
             Self::Unix(path) => UnixStream::connect(path).await.map(Io::Unix),
-            Self::Tcp(address) => TcpStream::connect(address).await.map(Io::Tcp),
+            Self::Tcp(address) => TcpStream::connect(address).await.and_then(watched).map(Io::Tcp),
         };
         connected.map_err(|cause| {
             let hint = match cause.kind() {
@@ -77,6 +82,13 @@ impl Endpoint {
             io::Error::new(cause.kind(), format!("cannot connect to {self}: {cause}{hint}"))
         })
     }
+}
+
+/// An agent on another host may vanish without a word. The kernel asks, since to gRPC's own pings SPIRE's server objects.
+fn watched(socket: TcpStream) -> io::Result<TcpStream> {
+    let probes = TcpKeepalive::new().with_time(SILENCE).with_interval(SILENCE / 3).with_retries(3);
+    SockRef::from(&socket).set_tcp_keepalive(&probes)?;
+    Ok(socket)
 }
 
 /// A connection to an agent.

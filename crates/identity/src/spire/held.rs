@@ -6,7 +6,7 @@
 //!     ▲                                        │ │ │
 //!     │ nothing matches, never had one         │ │ └─ not_after passes ─▶ Failed
 //!     │                                        │ └─ outage: stays
-//!     └── (never ready)                        └─ workload gone, answers stay empty ─▶ Revoked, key dropped
+//!     └── (never ready)                        └─ workload gone, SVID no longer offered ─▶ Revoked, key dropped
 //! ```
 
 use std::sync::Arc;
@@ -16,11 +16,12 @@ use tokio::sync::watch;
 use zspire_model::{SpiffeId, Str};
 
 use super::select::{self, Wanted};
-use super::{Meaning, Reference, Refusal, Update};
+use super::subscriptions::Config;
+use super::{Meaning, Offer, Process, Reference, Refusal, Update};
 use crate::clock::{Clock, rfc3339};
 use crate::credentials::{Credentials, Svid};
 use crate::key::PrivateKey;
-use crate::source::State;
+use crate::source::{State, Watch};
 use crate::story::{Asked, Offered, Story};
 use crate::tls::Policy;
 
@@ -31,8 +32,8 @@ pub(super) enum Outcome {
     Ready,
     /// Nothing matches the workload.
     Empty,
-    /// Nothing matches it any more, and what is held is still held.
-    Redacted,
+    /// What is held is no longer offered, and still held.
+    Absent,
     /// Nothing of it can be used.
     Unusable,
 }
@@ -44,8 +45,10 @@ pub(super) struct Held {
     states: watch::Sender<State>,
     story: watch::Sender<Story>,
     wanted: Wanted,
-    /// Whether what was asked about last may have another ID than expected.
-    takes_other_id: bool,
+    /// What was asked about last, if that was a process.
+    process: Option<Arc<dyn Process>>,
+    /// The proxy's own credentials, whose ID is nobody else's.
+    own: Option<Watch>,
     policy: Policy,
     clock: Arc<dyn Clock>,
 }
@@ -55,11 +58,10 @@ impl Held {
         id: SpiffeId,
         states: watch::Sender<State>,
         story: watch::Sender<Story>,
-        wanted: Wanted,
-        policy: Policy,
-        clock: Arc<dyn Clock>,
+        config: &Config,
     ) -> Self {
-        Self { id, states, story, takes_other_id: wanted.accept_other_id, wanted, policy, clock }
+        let Config { policy, clock, hint, accept_other_id, own } = config.clone();
+        Self { id, states, story, wanted: Wanted { hint, accept_other_id }, process: None, own, policy, clock }
     }
 
     pub(super) fn is_ready(&self) -> bool {
@@ -77,9 +79,10 @@ impl Held {
 
     /// The agent is about to be asked.
     pub(super) fn asked(&mut self, reference: &Reference) {
-        // Where any ID will do, that of the proxy must not: it is nobody else's.
-        let could_be_the_proxy = matches!(reference, Reference::Process(process) if process.is_of_own_user());
-        self.takes_other_id = self.wanted.accept_other_id && !could_be_the_proxy;
+        self.process = match reference {
+            Reference::Process(process) => Some(process.clone()),
+            Reference::Pod { .. } | Reference::Selectors(_) | Reference::Own => None,
+        };
         let selectors = match reference {
             Reference::Process(process) => process.selectors(),
             Reference::Selectors(selectors) => {
@@ -99,19 +102,22 @@ impl Held {
 
     /// The agent has answered.
     pub(super) fn update(&self, update: &Update) -> Outcome {
-        let offered = |offer: &super::Offer| Offered { id: offer.id.clone(), hint: offer.hint.clone() };
+        let offered = |offer: &Offer| Offered { id: offer.id.clone(), hint: offer.hint.clone() };
         let offered = update.offers.iter().map(offered).collect();
         let now = self.clock.now();
         self.story.send_modify(|story| story.answered(offered, &update.bundles, now));
-        if update.offers.is_empty() {
-            if self.is_ready() {
-                tracing::warn!(id = %self.id, "the SPIRE agent no longer offers the SVID");
-                return Outcome::Redacted;
-            }
+        let offers = |id: &SpiffeId| update.offers.iter().any(|offer| offer.id == *id);
+        let absent = self.states.borrow().credentials().is_some_and(|held| !offers(held.id()));
+        if update.offers.is_empty() && !absent {
             self.redact();
             return Outcome::Empty;
         }
         match self.credentials(update) {
+            Err(_) if absent => {
+                let offered = select::list(&update.offers);
+                tracing::warn!(id = %self.id, offered, "the SPIRE agent no longer offers the SVID, it is asked again");
+                Outcome::Absent
+            }
             Ok(credentials) => {
                 self.story.send_modify(Story::went_right);
                 self.enter(State::Ready(Arc::new(credentials)));
@@ -125,8 +131,18 @@ impl Held {
     }
 
     fn credentials(&self, update: &Update) -> Result<Credentials, String> {
-        let wanted = Wanted { accept_other_id: self.takes_other_id, ..self.wanted.clone() };
-        let offer = select::select(&update.offers, &self.id, &wanted).map_err(|e| e.to_string())?;
+        let process = self.process.as_ref();
+        if let Some(process) = process.filter(|process| !process.is_alive()) {
+            return Err(format!("process {} has ended", process.pid()));
+        }
+        // Where any ID will do, that of the proxy must not. It is looked at now: what a process is can change.
+        let could_be_the_proxy = process.is_some_and(|process| process.is_of_own_user());
+        let accept_other_id = self.wanted.accept_other_id && !could_be_the_proxy;
+        let wanted = Wanted { accept_other_id, ..self.wanted.clone() };
+        let own = self.own.as_ref().and_then(Watch::credentials).map(|own| own.id().clone());
+        let foreign = |offer: &&Offer| offer.id == self.id || own.as_ref() != Some(&offer.id);
+        let offers: Vec<Offer> = update.offers.iter().filter(foreign).cloned().collect();
+        let offer = select::select(&offers, &self.id, &wanted).map_err(|e| e.to_string())?;
         let svid = Svid {
             id: offer.id.clone(),
             chain: offer.chain.clone(),
@@ -138,7 +154,12 @@ impl Held {
 
     /// Nothing matches the workload, or not any more.
     pub(super) fn redact(&self) {
-        self.take_away("NoEntry", &self.no_entry());
+        let story = self.story.borrow();
+        let offered =
+            story.answer.iter().flatten().map(|offered| offered.id.to_string()).collect::<Vec<_>>().join(", ");
+        drop(story);
+        let instead = if offered.is_empty() { String::new() } else { format!(" (the agent offers {offered} only)") };
+        self.take_away("NoEntry", &format!("{}{instead}", self.no_entry()));
     }
 
     /// An answer of which nothing can be used: what is held stays.
@@ -153,13 +174,18 @@ impl Held {
 
     /// The agent could not be asked, or has said no.
     pub(super) fn refused(&self, refusal: &Refusal, retry_in: Duration) {
+        let known = self.story.borrow().trouble.as_ref().is_some_and(|last| last.lasts && last.code == refusal.code);
         self.note(refusal.code, &refusal.why);
         match refusal.meaning {
             Meaning::Gone => self.take_away(refusal.code, &refusal.why),
-            Meaning::Outage | Meaning::Mistake if self.is_ready() => {
+            // Once for all the times that it is tried again.
+            _ if self.is_ready() && known => {
+                tracing::debug!(id = %self.id, error = %refusal.why, "still no word from the SPIRE agent");
+            }
+            _ if self.is_ready() => {
                 tracing::warn!(id = %self.id, error = %refusal.why, "no word from the SPIRE agent, keeping the last SVID");
             }
-            Meaning::Outage | Meaning::Mistake => self.fail(&refusal.why, retry_in),
+            _ => self.fail(&refusal.why, retry_in),
         }
     }
 
@@ -171,11 +197,11 @@ impl Held {
         }
     }
 
-    /// Looks at the clock: an agent without its server goes on serving SVIDs that have expired.
-    pub(super) fn tick(&self) {
-        let Some(not_after) = self.not_after() else { return };
+    /// Looks at the clock: an agent without its server goes on serving SVIDs that have expired. Whether that was so.
+    pub(super) fn tick(&self) -> bool {
+        let Some(not_after) = self.not_after() else { return false };
         if self.clock.now() < not_after {
-            return;
+            return false;
         }
         let last = self.story.borrow().wrong().cloned();
         let why = match last {
@@ -184,6 +210,7 @@ impl Held {
         };
         tracing::error!(id = %self.id, %why, "identity lost");
         self.fail(&why, Duration::ZERO);
+        true
     }
 
     /// The workload is gone.

@@ -56,8 +56,9 @@ pub type Updates = Pin<Box<dyn Stream<Item = Result<Update, Refusal>> + Send>>;
 
 /// Says what an agent is to be asked about for a workload of this node.
 pub trait Locate: fmt::Debug + Send + Sync + 'static {
-    /// Asked anew for every stream, since processes come and go. The error says what is missing.
-    fn locate(&self, key: &WorkloadKey) -> Result<Reference, Str>;
+    /// Asked anew for every stream, since processes come and go. Where several could be meant, `useless` answers in a row lead to
+    /// another one. The error says what is missing.
+    fn locate(&self, key: &WorkloadKey, useless: usize) -> Result<Reference, Str>;
 }
 
 /// What an agent is asked about.
@@ -122,7 +123,7 @@ impl fmt::Display for Reference {
     }
 }
 
-/// All that an agent has for a workload at one time; what is not in it has been taken away.
+/// All that an agent has for a workload at one time. What is not in it has been taken away, or is being replaced.
 #[derive(Debug, Clone, Default)]
 pub struct Update {
     /// SVIDs, in the agent's order, which means nothing.
@@ -169,6 +170,8 @@ pub enum Meaning {
     Gone,
     /// It is about the one who asks, or the agent is away: what is held works until it expires.
     Outage,
+    /// Nothing is registered for whoever asks, as far as the agent knows: it also says so for a moment after it has started.
+    Unregistered,
     /// The question itself is wrong: asking it again does not help.
     Mistake,
 }

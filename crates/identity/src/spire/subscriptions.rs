@@ -28,16 +28,15 @@ use tokio_util::task::TaskTracker;
 use zspire_model::Str;
 
 use super::held::{Held, Outcome};
-use super::select::Wanted;
-use super::{Agent, Locate, Meaning, Process, Reference, Refusal, Update, Updates};
+use super::{Agent, Locate, Meaning, Reference, Refusal, Update, Updates};
 use crate::clock::{Clock, SystemClock};
 use crate::source::{Entry, Priority, Source, State, Watch, WorkloadKey};
 use crate::stats::{Latency, Stats};
 use crate::story::Story;
 use crate::tls::Policy;
 
-/// Longest time until a stream is open.
-const OPEN: Duration = Duration::from_secs(30);
+/// Longest time until a stream is open. An agent that attests processes looks for the container of one for half a minute.
+const OPEN: Duration = Duration::from_secs(60);
 /// First pause after a failure; it doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Longest pause after failures.
@@ -46,11 +45,12 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 const MISTAKE_PAUSE: Duration = Duration::from_secs(600);
 /// Somebody who waits ends a pause, but not more often than this.
 const ON_DEMAND_INTERVAL: Duration = Duration::from_secs(1);
-/// How long an answer without SVIDs may be the last one before what is held is given up.
+/// How long it may be in doubt whether an SVID that is no longer offered was taken away.
 ///
-/// While an agent replaces SVIDs of a tainted CA it has none, and says so if it has to say anything: the new one follows within
-/// moments. It cannot be told from the end of a registration, which is to take effect within a second.
-const REDACTION: Duration = Duration::from_millis(500);
+/// While an agent replaces the SVIDs of a tainted CA it has none, and says so to whoever listens: just what it says when a
+/// registration has ended. It is told apart by asking again: on a new stream SPIRE answers at once if nothing matches the
+/// workload, and waits if something does whose SVID is not there yet.
+const DOUBT: Duration = Duration::from_secs(10);
 /// Wall clocks jump; they are looked at this often, once for all workloads.
 const RECHECK: Duration = Duration::from_secs(10);
 /// A wall clock that goes on otherwise than the monotonic one by more than this has jumped.
@@ -67,11 +67,13 @@ pub struct Config {
     pub hint: Option<Str>,
     /// Takes an SVID with another ID than expected, if the agent offers only that one.
     pub accept_other_id: bool,
+    /// The proxy's own credentials: an SVID with their ID is not taken for another one.
+    pub own: Option<Watch>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { policy: Policy::default(), clock: Arc::new(SystemClock), hint: None, accept_other_id: false }
+        Self { policy: Policy::default(), clock: Arc::new(SystemClock), hint: None, accept_other_id: false, own: None }
     }
 }
 
@@ -144,9 +146,7 @@ impl Source for Subscriptions {
             let (states, seen) = watch::channel(State::Pending { why: "the SPIRE agent is asked for its SVID".into() });
             let (story, told) = watch::channel(Story::new(self.0.config.clock.now()));
             let slot = Slot { states: seen, story: told, demand: Arc::default(), gone: CancellationToken::new() };
-            let Config { policy, clock, hint, accept_other_id } = self.0.config.clone();
-            let wanted = Wanted { hint, accept_other_id };
-            let held = Held::new(key.id.clone(), states, story, wanted, policy, clock);
+            let held = Held::new(key.id.clone(), states, story, &self.0.config);
             let (demand, gone) = (slot.demand.clone(), slot.gone.clone());
             // Fails only when the source has stopped, which the watch tells by itself.
             let _ = self.0.start.send(Follow {
@@ -155,7 +155,9 @@ impl Source for Subscriptions {
                 demand,
                 gone,
                 waiting_since: Some(Instant::now()),
-                redacted: None,
+                doubt: None,
+                process: None,
+                useless: 0,
             });
             slot
         });
@@ -288,13 +290,17 @@ struct Follow {
     /// Since when its first SVID is waited for; `None` once it was there.
     waiting_since: Option<Instant>,
     /// When to give up what is held, since the agent no longer offers it.
-    redacted: Option<Instant>,
+    doubt: Option<Instant>,
+    /// The process that was asked about last.
+    process: Option<Ended>,
+    /// Answers in a row that were of no use.
+    useless: usize,
 }
 
 enum Phase {
     Waiting { until: Instant },
-    Opening(Pin<Box<dyn Future<Output = Result<Updates, Refusal>> + Send>>, Option<Arc<dyn Process>>),
-    Streaming { updates: Updates, process: Option<Ended>, reopen: Option<Instant> },
+    Opening(Pin<Box<dyn Future<Output = Result<Updates, Refusal>> + Send>>),
+    Streaming { updates: Updates, reopen: Option<Instant> },
 }
 
 type Ended = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -307,7 +313,7 @@ enum Event {
     Ask,
     /// Time to give up what the agent no longer offers.
     Redact,
-    Opened(Result<Updates, Refusal>, Option<Arc<dyn Process>>),
+    Opened(Result<Updates, Refusal>),
     Update(Option<Result<Update, Refusal>>),
     ProcessEnded,
 }
@@ -315,12 +321,18 @@ enum Event {
 impl Follow {
     async fn run(mut self, shared: &Shared) {
         let mut pause = Pause::default();
-        // Pods come in bursts: the first question is spread a little, too.
         let mut phase = Phase::Waiting { until: Instant::now() };
         loop {
             match self.next(shared, &mut phase, &mut pause).await {
                 Event::Gone => return self.held.forgotten(),
-                Event::Clock => self.held.tick(),
+                Event::Clock => {
+                    if self.held.tick()
+                        && let Phase::Streaming { reopen, .. } = &mut phase
+                    {
+                        // A stream that has said nothing for so long may have nobody at its other end.
+                        *reopen = Some(self.wait(pause.after_failure()));
+                    }
+                }
                 Event::Ask => phase = self.ask(shared, &mut pause),
                 Event::Redact => {
                     self.redact(shared);
@@ -328,11 +340,8 @@ impl Follow {
                         *reopen = Some(self.wait(pause.after_failure()));
                     }
                 }
-                Event::Opened(Ok(updates), process) => {
-                    let process = process.map(|process| process.ended());
-                    phase = Phase::Streaming { updates, process, reopen: None };
-                }
-                Event::Opened(Err(refusal), _) | Event::Update(Some(Err(refusal))) => {
+                Event::Opened(Ok(updates)) => phase = Phase::Streaming { updates, reopen: None },
+                Event::Opened(Err(refusal)) | Event::Update(Some(Err(refusal))) => {
                     phase = self.refused(shared, &refusal, &mut pause);
                 }
                 Event::Update(None) => {
@@ -341,8 +350,10 @@ impl Follow {
                 }
                 Event::Update(Some(Ok(update))) => {
                     let again = self.updated(shared, &update, &mut pause);
-                    if let Phase::Streaming { reopen, .. } = &mut phase {
-                        *reopen = again;
+                    match &mut phase {
+                        _ if again == Again::Now => phase = self.ask(shared, &mut pause),
+                        Phase::Streaming { reopen, .. } => *reopen = again.at(),
+                        Phase::Waiting { .. } | Phase::Opening(_) => {}
                     }
                 }
                 Event::ProcessEnded => {
@@ -355,32 +366,32 @@ impl Follow {
     }
 
     async fn next(&mut self, shared: &Shared, phase: &mut Phase, pause: &mut Pause) -> Event {
-        let (clock, redacted) = (self.clock(), self.redacted);
+        let (clock, doubt) = (self.clock(), self.doubt);
         let ready = self.held.is_ready();
         let demanded = pause.demanded(&self.demand, ready);
         tokio::select! {
             biased;
             () = self.gone.cancelled() => Event::Gone,
+            () = or_never(self.process.as_mut()) => {
+                self.process = None;
+                Event::ProcessEnded
+            }
             event = async {
                 match phase {
                     Phase::Waiting { until } => tokio::select! {
                         () = sleep_until(*until) => Event::Ask,
                         () = demanded => Event::Ask,
                     },
-                    Phase::Opening(opening, process) => {
-                        let opened = opening.await;
-                        Event::Opened(opened, process.take())
-                    }
-                    Phase::Streaming { updates, process, reopen } => tokio::select! {
+                    Phase::Opening(opening) => Event::Opened(opening.await),
+                    Phase::Streaming { updates, reopen } => tokio::select! {
                         biased;
-                        () = or_never(process.as_mut()) => Event::ProcessEnded,
                         update = updates.next() => Event::Update(update),
                         () = until(*reopen) => Event::Ask,
                         () = demanded, if reopen.is_some() => Event::Ask,
                     },
                 }
             } => event,
-            () = until(redacted) => Event::Redact,
+            () = until(doubt) => Event::Redact,
             () = until(clock) => Event::Clock,
             () = shared.jumped.notified() => Event::Clock,
         }
@@ -395,7 +406,7 @@ impl Follow {
     }
 
     fn ask(&mut self, shared: &Shared, pause: &mut Pause) -> Phase {
-        let reference = match shared.locate.locate(&self.key) {
+        let reference = match shared.locate.locate(&self.key, self.useless) {
             Ok(reference) => reference,
             Err(why) => {
                 self.held.not_located(&why);
@@ -404,9 +415,10 @@ impl Follow {
         };
         pause.asked();
         self.held.asked(&reference);
-        let process = match &reference {
-            Reference::Process(process) => Some(process.clone()),
-            _ => None,
+        // Until another one is asked about, the identity is that of this one.
+        self.process = match &reference {
+            Reference::Process(process) => Some(process.ended()),
+            Reference::Pod { .. } | Reference::Selectors(_) | Reference::Own => None,
         };
         let agent = shared.agent.clone();
         let opening = Box::pin(async move {
@@ -414,52 +426,63 @@ impl Follow {
                 || Refusal::outage("Timeout", format!("no stream from the SPIRE agent within {} s", OPEN.as_secs()));
             timeout(OPEN, agent.subscribe(&reference)).await.unwrap_or_else(|_| Err(late()))
         });
-        Phase::Opening(opening, process)
+        Phase::Opening(opening)
     }
 
     /// When to open the stream again, if it has nothing to offer.
-    fn updated(&mut self, shared: &Shared, update: &Update, pause: &mut Pause) -> Option<Instant> {
+    fn updated(&mut self, shared: &Shared, update: &Update, pause: &mut Pause) -> Again {
         let outcome = self.held.update(update);
         let mut counts = shared.counts();
         counts.updates += 1;
         let code = match outcome {
             Outcome::Ready => {
-                self.redacted = None;
+                (self.doubt, self.useless) = (None, 0);
                 counts.issued += 1;
                 if let Some(since) = self.waiting_since.take() {
                     counts.first.observe(since.elapsed());
                 }
                 pause.reset();
-                return None;
+                return Again::Never;
             }
-            Outcome::Redacted => {
-                self.redacted.get_or_insert_with(|| Instant::now() + REDACTION);
-                return None;
+            Outcome::Absent if self.doubt.is_none() => {
+                self.doubt = Some(Instant::now() + DOUBT);
+                return Again::Now;
+            }
+            Outcome::Absent => {
+                drop(counts);
+                self.redact(shared);
+                return Again::At(self.wait(pause.after_failure()));
             }
             Outcome::Empty => "NoEntry",
             Outcome::Unusable => "Unusable",
         };
+        self.doubt = None;
+        self.useless += 1;
         *counts.failures.entry(code).or_default() += 1;
         drop(counts);
-        Some(self.wait(pause.after_failure()))
+        Again::At(self.wait(pause.after_failure()))
     }
 
     /// Gives up what the agent no longer offers, unless it was lost otherwise meanwhile.
     fn redact(&mut self, shared: &Shared) {
-        self.redacted = None;
+        self.doubt = None;
+        self.useless += 1;
         if self.held.is_ready() {
             *shared.counts().failures.entry("NoEntry").or_default() += 1;
             self.held.redact();
         }
     }
 
-    fn refused(&self, shared: &Shared, refusal: &Refusal, pause: &mut Pause) -> Phase {
+    fn refused(&mut self, shared: &Shared, refusal: &Refusal, pause: &mut Pause) -> Phase {
         *shared.counts().failures.entry(refusal.code).or_default() += 1;
         let wait = match refusal.meaning {
             Meaning::Mistake => MISTAKE_PAUSE,
-            Meaning::Gone | Meaning::Outage => pause.after_failure(),
+            Meaning::Gone | Meaning::Outage | Meaning::Unregistered => pause.after_failure(),
         };
-        self.held.refused(refusal, wait);
+        match refusal.meaning {
+            Meaning::Unregistered if self.doubt.is_some() => self.redact(shared),
+            _ => self.held.refused(refusal, wait),
+        }
         Phase::Waiting { until: self.wait(wait) }
     }
 
@@ -467,6 +490,23 @@ impl Follow {
     fn wait(&self, pause: Duration) -> Instant {
         self.held.waits(pause);
         Instant::now() + pause
+    }
+}
+
+/// Whether a stream is opened again although it goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Again {
+    Never,
+    Now,
+    At(Instant),
+}
+
+impl Again {
+    fn at(self) -> Option<Instant> {
+        match self {
+            Self::At(at) => Some(at),
+            Self::Never | Self::Now => None,
+        }
     }
 }
 

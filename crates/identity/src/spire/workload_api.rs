@@ -11,7 +11,7 @@ use zspire_wire::workload_api::spiffe_workload_api_client::SpiffeWorkloadApiClie
 use zspire_wire::workload_api::{X509svidRequest, X509svidResponse};
 
 use super::decode::{self, MAX_MESSAGE, Malformed, Sent};
-use super::{Agent, Endpoint, Locate, Reference, Refusal, Update, Updates};
+use super::{Agent, Endpoint, Locate, Meaning, Reference, Refusal, Update, Updates};
 use crate::grpc::Channel;
 use crate::source::WorkloadKey;
 
@@ -42,8 +42,11 @@ impl Agent for WorkloadApi {
     async fn subscribe(&self, _: &Reference) -> Result<Updates, Refusal> {
         let mut client = SpiffeWorkloadApiClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE);
         // SPIRE says PermissionDenied when nothing is registered, and also for a moment after it has started anew.
-        let refusal = |status: &tonic::Status| Refusal::from_status(status, |_| false);
-        let taken = |status: &tonic::Status| Refusal::from_status(status, |code| code == Code::PermissionDenied);
+        let refusal = |status: &tonic::Status| {
+            let refusal = Refusal::from_status(status, |code| code == Code::PermissionDenied);
+            let unregistered = refusal.meaning == Meaning::Gone;
+            Refusal { meaning: if unregistered { Meaning::Unregistered } else { refusal.meaning }, ..refusal }
+        };
         let stream = client.fetch_x509svid(X509svidRequest {}).await.map_err(|status| refusal(&status))?.into_inner();
         let mut served = false;
         let updates = stream.map(move |message| match message {
@@ -51,8 +54,8 @@ impl Agent for WorkloadApi {
                 served = true;
                 update(message).map_err(|e| Refusal::outage("Malformed", e.to_string()))
             }
-            // On a stream that has served, it is the end of the registration.
-            Err(status) if served => Err(taken(&status)),
+            // On a stream that has served, it is how an answer without SVIDs is given.
+            Err(status) if served && status.code() == Code::PermissionDenied => Ok(Update::default()),
             Err(status) => Err(refusal(&status)),
         });
         Ok(Box::pin(updates))
@@ -75,7 +78,7 @@ fn update(message: X509svidResponse) -> Result<Update, Malformed> {
 pub struct Own;
 
 impl Locate for Own {
-    fn locate(&self, _: &WorkloadKey) -> Result<Reference, Str> {
+    fn locate(&self, _: &WorkloadKey, _: usize) -> Result<Reference, Str> {
         Ok(Reference::Own)
     }
 }

@@ -60,7 +60,7 @@ impl Agent for FakeAgent {
 struct FakeLocate(Arc<Mutex<HashMap<Str, Reference>>>);
 
 impl Locate for FakeLocate {
-    fn locate(&self, key: &WorkloadKey) -> Result<Reference, Str> {
+    fn locate(&self, key: &WorkloadKey, _: usize) -> Result<Reference, Str> {
         let name = key.workload.clone().unwrap();
         self.0.lock().unwrap().get(&name).cloned().ok_or_else(|| "no process yet".into())
     }
@@ -196,12 +196,11 @@ async fn svids_come_and_are_replaced_and_bad_ones_change_nothing() {
     let second = web.credentials().unwrap().fingerprint();
     assert_ne!(first, second, "a new generation");
 
-    stream.send(rig.update(DB)).unwrap();
     let (mut offer, update) = rig.offer(WEB);
     offer.key = rig.offer(WEB).0.key;
     stream.send(Ok(Update { offers: vec![offer], ..update })).unwrap();
     // It is a state to wait for, and no time passes before it.
-    while rig.story().updates < 4 {
+    while rig.story().updates < 3 {
         tokio::task::yield_now().await;
     }
     assert_eq!(web.credentials().unwrap().fingerprint(), second, "the last good one stays");
@@ -252,22 +251,36 @@ async fn nothing_registered_is_told_and_asked_again() {
     rig.no_stream_for(HOUR / 2).await;
 }
 
+/// What an agent says that has nothing for the workload: nothing at all, or another one's SVID, as to a process of root that is
+/// also the proxy's.
+fn without(rig: &Rig) -> [Said; 2] {
+    [empty(), rig.update(DB)]
+}
+
 #[tokio::test(start_paused = true)]
-async fn a_redaction_takes_the_key_away_at_once_and_comes_back() {
-    let mut rig = Rig::new();
-    let mut web = rig.watch(WEB, "pod-1");
-    let stream = rig.stream().await;
-    stream.send(rig.update(WEB)).unwrap();
-    let held = Arc::downgrade(until(&mut web, "ready").await.credentials().unwrap());
-    let before = Instant::now();
-    stream.send(empty()).unwrap();
-    until(&mut web, "revoked").await;
-    assert!(before.elapsed() < Duration::from_secs(1));
-    assert!(held.upgrade().is_none(), "the key is gone");
-    // An entry that is made again is announced by another empty message.
-    stream.send(empty()).unwrap();
-    stream.send(rig.update(WEB)).unwrap();
-    until(&mut web, "ready").await;
+async fn a_redaction_takes_the_key_away_as_soon_as_the_agent_confirms_it() {
+    for nothing in [0, 1] {
+        let mut rig = Rig::new();
+        let said = |rig: &Rig| without(rig)[nothing].clone();
+        let mut web = rig.watch(WEB, "pod-1");
+        let stream = rig.stream().await;
+        stream.send(rig.update(WEB)).unwrap();
+        let held = Arc::downgrade(until(&mut web, "ready").await.credentials().unwrap());
+        let before = Instant::now();
+        stream.send(said(&rig)).unwrap();
+        let again = rig.stream().await;
+        assert!(stream.is_closed() && web.credentials().is_some(), "it is in doubt");
+        again.send(said(&rig)).unwrap();
+        let revoked = why(until(&mut web, "revoked").await);
+        assert!(before.elapsed() < Duration::from_millis(100), "{:?}", before.elapsed());
+        assert!(held.upgrade().is_none(), "the key is gone");
+        assert!(revoked.contains("no entry matches"), "{revoked}");
+        assert_eq!(revoked.contains(DB), nothing == 1, "{revoked}");
+        // An entry that is made again is announced by another empty message.
+        again.send(empty()).unwrap();
+        again.send(rig.update(WEB)).unwrap();
+        until(&mut web, "ready").await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -278,19 +291,42 @@ async fn a_gap_while_an_agent_replaces_svids_is_no_redaction() {
     stream.send(rig.update(WEB)).unwrap();
     let first = until(&mut web, "ready").await.credentials().unwrap().fingerprint();
     stream.send(empty()).unwrap();
-    rig.no_stream_for(Duration::from_millis(400)).await;
+    // It waits with its answer until there is one.
+    let again = rig.stream().await;
+    rig.no_stream_for(Duration::from_secs(5)).await;
     assert!(web.credentials().is_some());
-    stream.send(rig.update(WEB)).unwrap();
+    again.send(rig.update(WEB)).unwrap();
     let next = web.changed().await.unwrap();
     assert_ne!(next.credentials().expect("it was never taken away").fingerprint(), first);
     rig.no_stream_for(Duration::from_secs(60)).await;
     assert!(web.credentials().is_some(), "and it is not taken away afterwards");
-    // The end of the stream is no way to keep what was taken away.
+    // An agent that never says more is not waited for.
     let before = Instant::now();
-    stream.send(empty()).unwrap();
-    drop(stream);
+    again.send(empty()).unwrap();
+    let silent = rig.stream().await;
     until(&mut web, "revoked").await;
-    assert!(before.elapsed() < Duration::from_secs(1));
+    assert_eq!(before.elapsed().as_secs(), 10);
+    drop(silent);
+}
+
+#[tokio::test(start_paused = true)]
+async fn doubt_ends_also_when_the_agent_goes_or_knows_nobody() {
+    for (meaning, seconds) in [(Meaning::Outage, 10), (Meaning::Unregistered, 0)] {
+        let mut rig = Rig::new();
+        let mut web = rig.watch(WEB, "pod-1");
+        let stream = rig.stream().await;
+        stream.send(rig.update(WEB)).unwrap();
+        until(&mut web, "ready").await;
+        // Without doubt neither takes anything away.
+        stream.send(Err(refusal(meaning, "not now"))).unwrap();
+        let stream = rig.stream().await;
+        assert!(web.credentials().is_some());
+        *rig.agent.refuse.lock().unwrap() = Some(refusal(meaning, "not now"));
+        let before = Instant::now();
+        stream.send(empty()).unwrap();
+        until(&mut web, "revoked").await;
+        assert_eq!(before.elapsed().as_secs(), seconds, "{meaning:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -355,6 +391,45 @@ async fn a_workload_that_is_gone_loses_its_key() {
     end.send(true).unwrap();
     let revoked = why(until(&mut db, "revoked").await);
     assert!(revoked.contains("ended"), "the agent does not notice: {revoked}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_that_ends_loses_its_identity_also_while_the_agent_is_away() {
+    let mut rig = Rig::new();
+    let (end, over) = watch::channel(false);
+    let process = Reference::Process(Arc::new(FakeProcess { over, of_own_user: false }));
+    rig.locate.0.lock().unwrap().insert("pod-1".into(), process);
+    let mut web = rig.watch(WEB, "pod-1");
+    let stream = rig.stream().await;
+    stream.send(rig.update(WEB)).unwrap();
+    until(&mut web, "ready").await;
+    *rig.agent.refuse.lock().unwrap() = Some(refusal(Meaning::Outage, "away"));
+    drop(stream);
+    for _ in 0..3 {
+        rig.stream().await;
+    }
+    assert!(web.credentials().is_some(), "an outage is none of the workload's");
+    end.send(true).unwrap();
+    let revoked = why(until(&mut web, "revoked").await);
+    assert!(revoked.contains("ended"), "{revoked}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_svid_is_not_taken_for_a_process_that_has_ended() {
+    let mut rig = Rig::new();
+    let (end, over) = watch::channel(false);
+    let process = FakeProcess { over, of_own_user: false };
+    rig.locate.0.lock().unwrap().insert("pod-1".into(), Reference::Process(Arc::new(process)));
+    let mut web = rig.watch(WEB, "pod-1");
+    let stream = rig.stream().await;
+    // Both are there when the source looks.
+    end.send(true).unwrap();
+    stream.send(rig.update(WEB)).unwrap();
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert!(web.credentials().is_none());
+    assert!(why(web.changed().await.unwrap()).contains("ended"));
 }
 
 #[tokio::test(start_paused = true)]

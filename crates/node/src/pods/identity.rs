@@ -54,10 +54,10 @@ impl PerPod {
     /// Asks for a pod's credentials; never waits for them.
     pub fn ask(&self, uid: &str, pod: &PodInfo, namespace: &Namespace) -> anyhow::Result<Held> {
         let key = WorkloadKey { id: self.expected.of(pod)?, workload: Some(uid.into()) };
-        let generation = self.references.insert(uid, pod, namespace);
-        if generation > 0 {
+        let (generation, replaced) = self.references.insert(uid, pod, namespace, &key);
+        if let Some(replaced) = replaced {
             // The same pod in a new sandbox: what was attested of the old one says nothing about it.
-            self.source.forget(&key);
+            self.source.forget(&replaced);
         }
         let watch = self.source.watch(&key, Priority::WarmUp);
         Ok(Held { per_pod: self.clone(), key, generation, watch })

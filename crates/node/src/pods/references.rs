@@ -51,6 +51,7 @@ struct Pod {
     info: PodInfo,
     /// Of its network namespace.
     inode: u64,
+    key: WorkloadKey,
     /// Tells a pod from an earlier one with the same UID.
     generation: u64,
 }
@@ -60,12 +61,19 @@ impl References {
         Self { kind, pods: Mutex::default(), scan: Mutex::default() }
     }
 
-    /// A pod is there. What is returned names it in [`remove`](Self::remove).
-    pub fn insert(&self, uid: &str, info: &PodInfo, namespace: &Namespace) -> u64 {
+    /// A pod is there, whose identity is asked for by `key`. What is returned names it in [`remove`](Self::remove), and is the key
+    /// of an earlier pod of this UID, which this one replaces.
+    pub fn insert(
+        &self,
+        uid: &str,
+        info: &PodInfo,
+        namespace: &Namespace,
+        key: &WorkloadKey,
+    ) -> (u64, Option<WorkloadKey>) {
         let mut pods = lock(&self.pods);
         let generation = pods.get(uid).map_or(0, |pod| pod.generation + 1);
-        pods.insert(uid.into(), Pod { info: info.clone(), inode: namespace.inode, generation });
-        generation
+        let pod = Pod { info: info.clone(), inode: namespace.inode, key: key.clone(), generation };
+        (generation, pods.insert(uid.into(), pod).map(|before| before.key))
     }
 
     /// A pod is gone. Whether it was still the one of its UID.
@@ -78,7 +86,8 @@ impl References {
         is_it
     }
 
-    fn process(&self, pod: &Pod) -> Result<Reference, Str> {
+    /// The oldest process first: it is the application, or has started it. If that one has another identity, the next.
+    fn process(&self, pod: &Pod, useless: usize) -> Result<Reference, Str> {
         let mut scan = lock(&self.scan);
         let scan = match &mut *scan {
             Some(scan) if scan.at.elapsed() < FRESH => scan,
@@ -86,7 +95,8 @@ impl References {
         };
         let none = || Str::from("no process of the pod runs in its network namespace yet");
         let candidates = scan.by_namespace.get(&pod.inode).ok_or_else(none)?;
-        for candidate in candidates {
+        let first = useless % candidates.len().max(1);
+        for candidate in candidates.iter().cycle().skip(first).take(candidates.len()) {
             // One that has ended since, or whose number has been given to another, is passed over.
             if let Some(process) = HeldProcess::open(*candidate, pod.inode) {
                 return Ok(Reference::Process(Arc::new(process)));
@@ -97,12 +107,12 @@ impl References {
 }
 
 impl Locate for References {
-    fn locate(&self, key: &WorkloadKey) -> Result<Reference, Str> {
+    fn locate(&self, key: &WorkloadKey, useless: usize) -> Result<Reference, Str> {
         let uid = key.workload.clone().ok_or("a SPIRE agent is asked about pods, and this is none")?;
         let pod = lock(&self.pods).get(&uid).cloned().ok_or("the pod is not served any more")?;
         match self.kind {
             Kind::Pod => Ok(Reference::Pod { uid }),
-            Kind::Process => self.process(&pod),
+            Kind::Process => self.process(&pod, useless),
             Kind::UnattestedSelectors => {
                 let selector = |value: String| (Str::from("k8s"), Str::from(value));
                 let PodInfo { namespace, service_account, name } = &pod.info;
@@ -247,16 +257,18 @@ mod tests {
     #[test]
     fn pods_by_uid_and_selectors() {
         let references = References::new(Kind::Pod);
-        assert!(references.locate(&key()).is_err(), "nobody has added it");
-        let first = references.insert("uid-1", &info(), &namespace(1));
-        assert_eq!(references.locate(&key()).unwrap().to_string(), "pod uid-1");
-        let second = references.insert("uid-1", &info(), &namespace(2));
+        assert!(references.locate(&key(), 0).is_err(), "nobody has added it");
+        let (first, none) = references.insert("uid-1", &info(), &namespace(1), &key());
+        assert_eq!(none, None);
+        assert_eq!(references.locate(&key(), 0).unwrap().to_string(), "pod uid-1");
+        let (second, replaced) = references.insert("uid-1", &info(), &namespace(2), &key());
+        assert_eq!(replaced, Some(key()));
         assert!(!references.remove("uid-1", first), "the new one stays when the old one has drained");
         assert!(references.remove("uid-1", second));
 
         let references = References::new(Kind::UnattestedSelectors);
-        references.insert("uid-1", &info(), &namespace(1));
-        let told = references.locate(&key()).unwrap().to_string();
+        references.insert("uid-1", &info(), &namespace(1), &key());
+        let told = references.locate(&key(), 0).unwrap().to_string();
         assert_eq!(told, "selectors k8s:ns:shop k8s:sa:web k8s:pod-name:web-1");
     }
 

@@ -135,7 +135,7 @@ impl Agent {
 struct ByName;
 
 impl Locate for ByName {
-    fn locate(&self, key: &WorkloadKey) -> Result<Reference, Str> {
+    fn locate(&self, key: &WorkloadKey, _: usize) -> Result<Reference, Str> {
         Ok(Reference::Selectors(Arc::new([("fake".into(), format!("id:{}", key.id).into())])))
     }
 }
