@@ -81,13 +81,13 @@ fn expired_svids_are_not_used_while_the_server_is_away(way: Way) {
         load.during(1, || load.more(50));
     }
     for pod in [&client, &server] {
-        let shown = wait_for_state(pod, "the SVID expired at");
+        let shown = wait_for_state(pod, "expired at");
         assert_eq!(shown["certChain"].as_array().map(Vec::len), Some(0), "{shown}");
     }
     live.is_cut();
     let _app = server.greet();
     client.is_refused(server.app());
-    client.refusal("outbound", "the SVID expired at");
+    client.refusal("outbound", "expired at");
     spire.start_again();
     for pod in [&client, &server] {
         wait_for_state(pod, "Available");

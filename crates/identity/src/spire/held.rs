@@ -44,7 +44,8 @@ pub(super) struct Held {
     id: SpiffeId,
     states: watch::Sender<State>,
     story: watch::Sender<Story>,
-    wanted: Wanted,
+    hint: Option<Str>,
+    accept_other_id: bool,
     /// What was asked about last, if that was a process.
     process: Option<Arc<dyn Process>>,
     /// The proxy's own credentials, whose ID is nobody else's.
@@ -61,7 +62,7 @@ impl Held {
         config: &Config,
     ) -> Self {
         let Config { policy, clock, hint, accept_other_id, own } = config.clone();
-        Self { id, states, story, wanted: Wanted { hint, accept_other_id }, process: None, own, policy, clock }
+        Self { id, states, story, hint, accept_other_id, process: None, own, policy, clock }
     }
 
     pub(super) fn is_ready(&self) -> bool {
@@ -137,19 +138,23 @@ impl Held {
         }
         // Where any ID will do, that of the proxy must not. It is looked at now: what a process is can change.
         let could_be_the_proxy = process.is_some_and(|process| process.is_of_own_user());
-        let accept_other_id = self.wanted.accept_other_id && !could_be_the_proxy;
-        let wanted = Wanted { accept_other_id, ..self.wanted.clone() };
+        let accept_other_id = self.accept_other_id && !could_be_the_proxy;
         let own = self.own.as_ref().and_then(Watch::credentials).map(|own| own.id().clone());
-        let foreign = |offer: &&Offer| offer.id == self.id || own.as_ref() != Some(&offer.id);
-        let offers: Vec<Offer> = update.offers.iter().filter(foreign).cloned().collect();
-        let offer = select::select(&offers, &self.id, &wanted).map_err(|e| e.to_string())?;
+        let wanted = Wanted { accept_other_id, own, hint: self.hint.clone() };
+        let offer = select::select(&update.offers, &self.id, &wanted).map_err(|e| e.to_string())?;
         let svid = Svid {
             id: offer.id.clone(),
             chain: offer.chain.clone(),
             key: PrivateKey::from_pkcs8(offer.key.to_vec()),
             bundles: update.bundles.clone(),
         };
-        Credentials::new(svid, &self.policy, &self.clock).map_err(|e| format!("the SVID of {}: {e}", offer.id))
+        let made = Credentials::new(svid, &self.policy, &self.clock);
+        let made = made.map_err(|e| format!("the SVID of {}: {e}", offer.id))?;
+        // To verifiers it is good through the second that it ends with, which is too short to begin with it.
+        if made.not_after() <= self.clock.now() {
+            return Err(format!("the SVID expired at {}", rfc3339(made.not_after())));
+        }
+        Ok(made)
     }
 
     /// Nothing matches the workload, or not any more.

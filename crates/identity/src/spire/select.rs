@@ -13,6 +13,8 @@ pub(super) struct Wanted {
     pub(super) hint: Option<Str>,
     /// Take an SVID with another ID, if it is the only one.
     pub(super) accept_other_id: bool,
+    /// The proxy's own ID, which is never another one to take.
+    pub(super) own: Option<SpiffeId>,
 }
 
 /// Why none of them is.
@@ -30,11 +32,11 @@ pub(super) enum NotFound {
 /// The one that is meant.
 pub(super) fn select<'a>(offers: &'a [Offer], expected: &SpiffeId, wanted: &Wanted) -> Result<&'a Offer, NotFound> {
     let of_id: Vec<&Offer> = offers.iter().filter(|offer| offer.id == *expected).collect();
-    let candidates = match (of_id.is_empty(), wanted.accept_other_id) {
-        (false, _) => of_id,
-        (true, true) => offers.iter().collect(),
-        (true, false) => return Err(NotFound::OtherId { expected: expected.clone(), offered: list(offers) }),
-    };
+    let others = || offers.iter().filter(|offer| wanted.accept_other_id && wanted.own.as_ref() != Some(&offer.id));
+    let candidates = if of_id.is_empty() { others().collect() } else { of_id };
+    if candidates.is_empty() {
+        return Err(NotFound::OtherId { expected: expected.clone(), offered: list(offers) });
+    }
     let hinted = |offer: &&&Offer| wanted.hint.as_ref().is_none_or(|hint| *hint == offer.hint);
     match candidates.iter().filter(hinted).collect::<Vec<_>>()[..] {
         [one] => Ok(one),
@@ -70,7 +72,8 @@ mod tests {
     }
 
     fn check(all: &[(&str, &str)], hint: Option<&str>, accept_other_id: bool) -> String {
-        let wanted = Wanted { hint: hint.map(Into::into), accept_other_id };
+        let own = "spiffe://td/proxy".parse().ok();
+        let wanted = Wanted { hint: hint.map(Into::into), accept_other_id, own };
         match select(&offers(all), &"spiffe://td/web".parse().unwrap(), &wanted) {
             Ok(offer) => format!("{}#{}", offer.id.path(), offer.hint),
             Err(NotFound::OtherId { offered, .. }) => format!("other: {offered}"),
@@ -83,6 +86,8 @@ mod tests {
         assert_eq!(check(&[("db", ""), ("web", "")], None, false), "/web#");
         assert_eq!(check(&[("db", "")], None, false), "other: spiffe://td/db");
         assert_eq!(check(&[("db", "")], None, true), "/db#");
+        assert_eq!(check(&[("proxy", "")], None, true), "other: spiffe://td/proxy");
+        assert_eq!(check(&[("proxy", ""), ("db", "")], None, true), "/db#");
         assert_eq!(check(&[("db", ""), ("api", "")], None, true), "ambiguous: spiffe://td/db, spiffe://td/api");
         assert_eq!(check(&[("db", "x"), ("api", "y")], Some("y"), true), "/api#y");
         assert_eq!(check(&[("web", "a"), ("web", "b")], Some("b"), false), "/web#b");
