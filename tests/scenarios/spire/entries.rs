@@ -2,7 +2,7 @@
 
 use zspire_testkit::plan::captured;
 use zspire_testkit::spire::Way;
-use zspire_testkit::{Mesh, Pod, mesh};
+use zspire_testkit::{Mesh, Pod, mesh, until};
 
 use super::{by, certificate, wait_for_state};
 use crate::traffic::{Load, connect, told};
@@ -11,6 +11,7 @@ by!(
     each way:
     entry_added_later_is_picked_up,
     entry_deleted_cuts_within_a_second_and_created_again_restores,
+    entry_deleted_cuts_also_where_another_still_matches,
     expired_svids_are_not_used_while_the_server_is_away,
 );
 
@@ -64,6 +65,24 @@ fn entry_deleted_cuts_within_a_second_and_created_again_restores(way: Way) {
         wait_for_state(losing, "Available");
         client.reaches(server.app());
     }
+}
+
+fn entry_deleted_cuts_also_where_another_still_matches(way: Way) {
+    let (mesh, client, server) = two_nodes(way);
+    let another = format!("spiffe://{}/another", server.trust_domain());
+    mesh.spire().register_also(&server, &another, &[]);
+    until("both SVIDs to be offered", || match server.admin("GET /identities", &[]).body {
+        page if page.contains(&another) && page.contains(&server.spiffe_id()) => Ok(()),
+        page => Err(page),
+    });
+    let app = server.listen();
+    let live = connect(&client, &server, &app);
+    mesh.spire().deregister(&server);
+    live.is_cut();
+    wait_for_state(&server, &format!("the agent offers {another}"));
+    drop(app);
+    let _app = server.greet();
+    client.is_refused(server.app());
 }
 
 fn expired_svids_are_not_used_while_the_server_is_away(way: Way) {

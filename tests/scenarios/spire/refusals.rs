@@ -19,6 +19,7 @@ by!(
     process_of_root_does_not_get_the_proxys_identity,
     process_that_ends_loses_its_identity_also_as_a_zombie,
     number_of_a_process_that_is_another_now_is_worth_nothing,
+    process_of_another_user_is_passed_over,
 );
 
 /// A client that is served, and a server that is not yet enrolled.
@@ -149,6 +150,20 @@ fn number_of_a_process_that_is_another_now_is_worth_nothing(way: Way) {
     drop(app);
     let _app = server.greet();
     client.is_refused(server.app());
+}
+
+/// As a supervisor of another user than the application, which is older than it.
+fn process_of_another_user_is_passed_over(way: Way) {
+    let (mesh, client, server) = server_to_come(way, &[]);
+    let spire = mesh.spire();
+    drop(spire.application(&server, Option::take));
+    let _app = server.greet();
+    let _supervisor = spire.process(&server, spire.user(&server) + 1000);
+    mesh.enroll(&server);
+    wait_for_state(&server, "no entry matches this workload");
+    let _application = spire.process(&server, spire.user(&server));
+    wait_for_state(&server, "Available");
+    client.reaches(server.app());
 }
 
 #[test]

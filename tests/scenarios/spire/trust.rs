@@ -31,6 +31,11 @@ fn wait_for_roots(pod: &Pod, trust_domain: &str, count: usize) {
     });
 }
 
+#[test]
+fn authority_is_rotated_under_load_where_each_proxy_asks_for_itself() {
+    crate::scenario(|| authority_is_rotated_under_load(Way::Own));
+}
+
 fn authority_is_rotated_under_load(way: Way) {
     let mesh = mesh().spire(way).svids_for(14).node("a").pod("client").node("b").pod("server").start();
     let (client, server) = (mesh.pod("client"), mesh.pod("server"));

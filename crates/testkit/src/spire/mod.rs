@@ -307,6 +307,13 @@ impl Spire {
     /// Registers a pod with some SPIFFE ID, and with more of what `spire-server entry create` takes.
     #[track_caller]
     pub fn register_as(&self, pod: &Pod, id: &str, more: &[&str]) {
+        let entry = self.register_also(pod, id, more);
+        self.pods().get_mut(pod.name()).expect("a pod of the mesh").entry = Some(entry);
+    }
+
+    /// Makes an entry that also matches a pod, beside the one that [`deregister`](Self::deregister) deletes: its ID.
+    #[track_caller]
+    pub fn register_also(&self, pod: &Pod, id: &str, more: &[&str]) -> String {
         let selectors = match self.way {
             Way::BrokerByProcess | Way::BrokerOverTcp | Way::DelegatedByProcess => {
                 vec![format!("unix:uid:{}", self.user(pod))]
@@ -317,8 +324,7 @@ impl Spire {
         let (parent, lifetime) = (node_id(pod.trust_domain(), &pod.host().node), self.lifetime.to_string());
         let mut arguments = vec!["-parentID", &parent, "-spiffeID", id, "-x509SVIDTTL", &lifetime];
         arguments.extend(selectors.iter().flat_map(|selector| ["-selector", selector]));
-        let entry = self.server(pod.trust_domain()).entry(&[&arguments, more].concat());
-        self.pods().get_mut(pod.name()).expect("a pod of the mesh").entry = Some(entry);
+        self.server(pod.trust_domain()).entry(&[&arguments, more].concat())
     }
 
     /// Deletes the entry of a pod.
