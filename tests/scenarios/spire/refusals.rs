@@ -78,6 +78,8 @@ fn pod_that_goes_takes_its_identity_along(way: Way) {
         none if none.is_null() => Ok(()),
         still => Err(still["state"].clone()),
     });
+    // The drain ends with that, if not before.
+    live.is_cut();
 }
 
 fn process_of_root_does_not_get_the_proxys_identity(way: Way) {
