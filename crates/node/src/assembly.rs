@@ -141,6 +141,7 @@ impl Node {
             }
         };
         let mesh = self.mesh(control.source.clone());
+        tasks.spawn("identities that are left", mesh.clone().give_up(tasks.stop.clone()));
         let discovery = discovery::start(&self.config, control.xds, &mesh, &readiness, &tasks)?;
         let served = Arc::new(Served {
             shared: Arc::new(Shared {

@@ -11,7 +11,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
 use zspire_identity::{Priority, Source, Watch, WorkloadKey};
 use zspire_model::{Applied, Change, IdTemplate, Reader, Store, Str, Workload};
 use zspire_proxy::{Known, Local};
@@ -33,6 +34,8 @@ pub struct Mesh(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     reader: Reader,
+    /// There are identities to give up.
+    leaving: Notify,
     authorization: watch::Sender<u64>,
     discovered: watch::Sender<bool>,
     source: Arc<dyn Source>,
@@ -48,6 +51,8 @@ struct State {
     pods: Vec<Pod>,
     /// The identities in use, by UID of the workload.
     held: HashMap<Str, (WorkloadKey, Watch)>,
+    /// Those that nobody is to use any more, and that are not given up yet.
+    left: Vec<WorkloadKey>,
 }
 
 #[derive(Debug)]
@@ -61,10 +66,11 @@ impl Mesh {
     /// An empty mesh.
     pub fn new(source: Arc<dyn Source>, cluster_id: &str, prefetch: Option<Prefetch>, ids: Option<IdTemplate>) -> Self {
         let (store, reader) = Store::new();
-        let state = Mutex::new(State { store, pods: Vec::new(), held: HashMap::new() });
+        let state = Mutex::new(State { store, pods: Vec::new(), held: HashMap::new(), left: Vec::new() });
         let ((authorization, _), (discovered, _)) = (watch::channel(0), watch::channel(false));
         let cluster_id = cluster_id.into();
-        Self(Arc::new(Shared { state, reader, authorization, discovered, source, cluster_id, prefetch, ids }))
+        let leaving = Notify::new();
+        Self(Arc::new(Shared { state, reader, leaving, authorization, discovered, source, cluster_id, prefetch, ids }))
     }
 
     /// To look things up.
@@ -109,7 +115,7 @@ impl Mesh {
                 .as_ref()
                 .filter(|old| change.new.as_ref().is_none_or(|new| new.identity() != old.identity()));
             if let Some(old) = gone {
-                self.forget(&mut state, old);
+                Self::leave(&mut state, old);
             }
             if let Some(old) = &change.old {
                 self.went(&mut state, old, change.new.as_deref());
@@ -119,6 +125,27 @@ impl Mesh {
             }
         }
         self.announce(&applied);
+        if !state.left.is_empty() {
+            self.0.leaving.notify_one();
+        }
+    }
+
+    /// Gives up identities that nobody uses any more, until `stop`. What a pod is told first passes through other tasks of this
+    /// runtime: were its identity given up before, its connections would be cut as if it had been revoked.
+    pub async fn give_up(self, stop: CancellationToken) {
+        while stop.run_until_cancelled(self.0.leaving.notified()).await.is_some() {
+            self.give_up_left();
+        }
+    }
+
+    fn give_up_left(&self) {
+        let mut state = self.lock();
+        let State { left, held, .. } = &mut *state;
+        for key in left.drain(..) {
+            if !held.values().any(|(used, _)| *used == key) {
+                self.0.source.forget(&key);
+            }
+        }
     }
 
     fn with_ids(&self, mut change: Change) -> Change {
@@ -176,10 +203,8 @@ impl Mesh {
         Some(watch)
     }
 
-    fn forget(&self, state: &mut State, workload: &Workload) {
-        if let Some((key, _)) = state.held.remove(&workload.uid) {
-            self.0.source.forget(&key);
-        }
+    fn leave(state: &mut State, workload: &Workload) {
+        state.left.extend(state.held.remove(&workload.uid).map(|(key, _)| key));
     }
 
     fn is(&self, name: &WorkloadName, workload: &Workload) -> bool {

@@ -75,6 +75,9 @@ fn a_pod_is_told_when_its_workload_comes_changes_and_goes() {
     assert!(mesh.follow(&name("web-1"), None).borrow().here().is_some());
     mesh.apply([Change::RemoveWorkload("c//Pod/shop/web-1".into())]);
     assert!(local.borrow_and_update().here().is_none());
+    // Whoever passes it on comes first.
+    assert_eq!(source.asked.lock().unwrap().len(), 1);
+    mesh.give_up_left();
     assert_eq!(source.asked.lock().unwrap().last().unwrap(), &format!("forget {id}"));
 }
 
@@ -92,15 +95,24 @@ fn a_pod_is_not_told_of_a_workload_with_another_account_or_of_another_cluster() 
 fn certificates_are_prefetched_for_this_node_and_forgotten_with_the_workload() {
     let (source, mesh) = mesh(Some("here"));
     mesh.apply([Change::PutWorkload(workload("a", "one", "here")), Change::PutWorkload(workload("b", "two", "there"))]);
+    // What is used again is not given up.
+    mesh.apply([Change::PutWorkload(workload("a", "two", "here"))]);
+    mesh.apply([Change::PutWorkload(workload("a", "one", "here"))]);
+    mesh.give_up_left();
     mesh.apply([Change::PutWorkload(workload("a", "three", "here"))]);
+    mesh.give_up_left();
     mesh.apply([Change::RemoveWorkload("c//Pod/shop/a".into())]);
+    mesh.give_up_left();
     let id = |account: &str| format!("spiffe://cluster.local/ns/shop/sa/{account}");
     assert_eq!(
         *source.asked.lock().unwrap(),
         [
             format!("watch {} WarmUp", id("one")),
-            format!("forget {}", id("one")),
+            format!("watch {} WarmUp", id("two")),
+            format!("watch {} WarmUp", id("one")),
+            format!("forget {}", id("two")),
             format!("watch {} WarmUp", id("three")),
+            format!("forget {}", id("one")),
             format!("forget {}", id("three")),
         ]
     );
