@@ -17,7 +17,7 @@ const QUEUE: usize = 16_384;
 /// How long the end of the process waits for them.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
 /// How long lines are gathered before they are written.
-const GATHER: Duration = Duration::from_millis(2);
+const GATHER: Duration = Duration::from_millis(10);
 /// Bytes that are written at once at most, so that a burst is not one system call a line.
 const BATCH: usize = 64 << 10;
 
