@@ -68,6 +68,8 @@ struct Inner<K, E> {
     /// Told of every tunnel that came or went.
     changed: Box<dyn Fn(i64)>,
     closed: Cell<bool>,
+    /// How often all tunnels were retired.
+    generation: Cell<u64>,
 }
 
 struct Entry<E> {
@@ -132,6 +134,7 @@ impl<K: Clone + Eq + Hash + 'static, E: Clone + 'static> Pool<K, E> {
             entries: RefCell::default(),
             changed: Box::new(changed),
             closed: Cell::new(false),
+            generation: Cell::new(0),
         }))
     }
 
@@ -191,10 +194,10 @@ impl<K: Clone + Eq + Hash + 'static, E: Clone + 'static> Pool<K, E> {
     }
 
     fn begin(&self, key: &K, making: impl Future<Output = Result<Connected, E>> + 'static) {
-        let (pool, key) = (self.clone(), key.clone());
+        let (pool, key, generation) = (self.clone(), key.clone(), self.0.generation.get());
         tokio::task::spawn_local(async move {
             let result = making.await;
-            pool.made(key, result);
+            pool.made(key, result, generation);
         });
     }
 
@@ -207,7 +210,7 @@ impl<K: Clone + Eq + Hash + 'static, E: Clone + 'static> Pool<K, E> {
         }
     }
 
-    fn made(&self, key: K, result: Result<Connected, E>) {
+    fn made(&self, key: K, result: Result<Connected, E>, generation: u64) {
         let mut entries = self.0.entries.borrow_mut();
         let entry = entries.entry(key.clone()).or_default();
         entry.making -= 1;
@@ -231,7 +234,7 @@ impl<K: Clone + Eq + Hash + 'static, E: Clone + 'static> Pool<K, E> {
                 entry.tunnels.push(Pooled { tunnel: tunnel.clone(), until });
                 entry.answer();
                 // Who waited for it may use it all the same.
-                if self.0.closed.get() {
+                if self.0.closed.get() || self.0.generation.get() != generation {
                     tunnel.retire();
                 }
                 drop(entries);
@@ -325,6 +328,12 @@ impl<K: Clone + Eq + Hash + 'static, E: Clone + 'static> Pool<K, E> {
     }
 
     /// Retires every tunnel, also those that are being made.
+    pub fn retire_all(&self) {
+        self.0.generation.set(self.0.generation.get() + 1);
+        self.retire(|_, _| true);
+    }
+
+    /// Retires every tunnel, and all that will be made.
     pub fn close(&self) {
         self.0.closed.set(true);
         self.retire(|_, _| true);

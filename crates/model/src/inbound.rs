@@ -83,7 +83,8 @@ pub enum Reject {
 
 /// Decides where a tunnel ends.
 pub fn resolve(snapshot: &Snapshot, request: &InboundRequest<'_>) -> Result<Inbound, Reject> {
-    let tunnel = request.local.application_tunnel;
+    // The proxy takes nothing for others.
+    let tunnel = request.local.application_tunnel.filter(|_| request.only.is_none());
     match request.authority {
         Authority::Address(asked) => {
             let destination = SocketAddr::new(asked.ip().to_canonical(), asked.port());
@@ -118,9 +119,12 @@ fn refuse_own_ports(request: &InboundRequest<'_>, asked: u16, tunnel: Option<App
 }
 
 fn check_address(snapshot: &Snapshot, request: &InboundRequest<'_>, asked: IpAddr) -> Result<(), Reject> {
-    let InboundRequest { local, local_address, .. } = *request;
-    if asked == local_address.to_canonical() || local.application_tunnel.is_some() {
+    let InboundRequest { local, local_address, only, .. } = *request;
+    if asked == local_address.to_canonical() || (only.is_none() && local.application_tunnel.is_some()) {
         return Ok(());
+    }
+    if only.is_some() {
+        return Err(Reject::NotHere { asked, local: local_address, workload: local.uid.clone() });
     }
     let serves = |service: &Service| {
         let weighted = service.weighted_waypoints.iter().map(|weighted| &weighted.waypoint);

@@ -62,6 +62,11 @@ where
         };
         match accepted {
             Ok((socket, source)) => start(pod, socket, source, &serve),
+            // The listener itself is of no use, which will not pass soon.
+            Err(error) if is_lasting(&error) => {
+                tracing::error!(%error, "connections cannot be accepted");
+                tokio::time::sleep(25 * REST).await;
+            }
             // The client went away while it waited.
             Err(error) if !is_shortage(&error) => {}
             Err(error) => {
@@ -100,6 +105,11 @@ fn waiting(listener: &TcpListener) -> impl Iterator<Item = (TcpStream, SocketAdd
         socket.set_nonblocking(true).ok()?;
         Some((TcpStream::from_std(socket.into()).ok()?, source.as_socket()?))
     })
+}
+
+fn is_lasting(error: &io::Error) -> bool {
+    // EPERM, EBADF, EINVAL, ENOTSOCK
+    matches!(error.raw_os_error(), Some(1 | 9 | 22 | 88))
 }
 
 fn is_shortage(error: &io::Error) -> bool {

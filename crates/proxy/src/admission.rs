@@ -72,7 +72,7 @@ pub(crate) fn authorize(
             let (destination, peer) = (question.destination, question.peer.clone());
             let own = peer.as_ref().and(local.workload.identity());
             Ok(Authorized {
-                place: pod.live().enter_allowed(question, by, version, own),
+                place: pod.live().enter_allowed(question, by, version, &local.workload, own),
                 destination,
                 here,
                 peer,

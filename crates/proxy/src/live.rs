@@ -6,6 +6,7 @@ use std::fmt;
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::SystemTime;
 
@@ -58,6 +59,8 @@ pub(crate) enum Reason {
     Refused,
     /// The source of identities took the pod's credentials away.
     CredentialsRevoked,
+    /// The pod's own certificate has expired.
+    CredentialsExpired,
     /// The peer's certificate is revoked.
     PeerRevoked,
     /// The peer's certificate has expired, and it has shown no newer one.
@@ -76,6 +79,7 @@ impl Reason {
             Self::WorkloadGone => "workload_gone",
             Self::Refused => "wrong_namespace",
             Self::CredentialsRevoked => "credentials_revoked",
+            Self::CredentialsExpired => "credentials_expired",
             Self::PeerRevoked => "peer_revoked",
             Self::PeerExpired => "peer_expired",
             Self::PeerUntrusted => "peer_untrusted",
@@ -86,7 +90,8 @@ impl Reason {
     fn flag(self) -> Flag {
         match self {
             Self::Policy => Flag::Deny,
-            Self::Identity | Self::WorkloadGone | Self::Refused | Self::CredentialsRevoked => Flag::IdentityError,
+            Self::Identity | Self::WorkloadGone | Self::Refused => Flag::IdentityError,
+            Self::CredentialsRevoked | Self::CredentialsExpired => Flag::IdentityError,
             Self::PeerExpired | Self::PeerUntrusted => Flag::TlsFailure,
             Self::PeerRevoked => Flag::CertRevoked,
             Self::Shutdown => Flag::None,
@@ -126,11 +131,18 @@ struct Entry {
     cut: RefCell<Cut>,
 }
 
-/// What policies said, and when.
+/// What policies said, and of what: the answer depends on the snapshot, and on the workload, which may be a little older.
 struct Asked {
     question: Question,
     by: RefCell<Option<NamespacedName>>,
     version: Cell<u64>,
+    workload: RefCell<Arc<Workload>>,
+}
+
+/// The policies that apply to a workload.
+pub(crate) struct Applying<'a> {
+    pub(crate) policies: &'a PolicySet,
+    pub(crate) workload: &'a Arc<Workload>,
 }
 
 #[derive(Default)]
@@ -151,15 +163,17 @@ impl Registry {
         Rc::new(Self { entries: RefCell::default(), proofs: RefCell::default(), sooner: Notify::new(), metrics })
     }
 
-    /// Enters a connection that policies allow: `by` one of them, in the snapshot of this version.
+    /// Enters a connection that policies allow: `by` one of them, in the snapshot of this version, to the workload.
     pub(crate) fn enter_allowed(
         self: &Rc<Self>,
         question: Question,
         by: Option<NamespacedName>,
         version: u64,
+        workload: &Arc<Workload>,
         own: Option<SpiffeId>,
     ) -> Place {
-        let asked = Asked { question, by: RefCell::new(by), version: Cell::new(version) };
+        let (by, version, workload) = (RefCell::new(by), Cell::new(version), RefCell::new(workload.clone()));
+        let asked = Asked { question, by, version, workload };
         self.enter(Reporter::Destination, Some(asked), own)
     }
 
@@ -180,32 +194,38 @@ impl Registry {
         self.entries.borrow().capacity()
     }
 
-    /// Cuts what policies now deny, among the places in `range`. What was asked after the older set was taken is asked anew.
+    /// Cuts what policies now deny, among the places in `range`. What was not asked before just what applied last, but later or
+    /// about another state of the workload, is asked anew.
     pub(crate) fn ask_again(
         &self,
         range: std::ops::Range<usize>,
-        older: u64,
-        newer: &PolicySet,
+        last: Option<&Applying<'_>>,
+        now: &Applying<'_>,
         difference: &Difference,
-        workload: &Workload,
     ) {
+        let Applying { policies, workload } = now;
         for key in range {
             let Some(entry) = self.entries.borrow().get(key).cloned() else { continue };
             let Some(asked) = &entry.asked else { continue };
-            if asked.version.get() >= newer.version() {
+            let of = asked.workload.replace(Arc::clone(workload));
+            if asked.version.get() >= policies.version() && Arc::ptr_eq(&of, workload) {
                 continue;
             }
+            let as_last = |last: &&Applying<'_>| {
+                asked.version.get() <= last.policies.version() && Arc::ptr_eq(&of, last.workload)
+            };
             let connection = asked.question.about(workload);
-            let recheck = match asked.version.get() > older {
-                true => Recheck::AskAll,
-                false => difference.recheck(&connection, asked.by.borrow().as_ref()),
+            let recheck = match last.filter(as_last) {
+                Some(_) if difference.is_empty() => Recheck::Same,
+                Some(_) => difference.recheck(&connection, asked.by.borrow().as_ref()),
+                None => Recheck::AskAll,
             };
             let decision = match recheck {
                 Recheck::Same => None,
                 Recheck::Decided(decision) => Some(decision),
-                Recheck::AskAll => Some(newer.authorize(&connection).decision),
+                Recheck::AskAll => Some(policies.authorize(&connection).decision),
             };
-            asked.version.set(newer.version());
+            asked.version.set(policies.version());
             match decision {
                 None => {}
                 Some(Decision::Allowed { by }) => *asked.by.borrow_mut() = by,
@@ -438,9 +458,7 @@ impl fmt::Debug for Registry {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use zspire_model::policy::{Action, Match};
+    use zspire_model::policy::{Action, Match, Scope};
     use zspire_model::{Change, Policy, Store, StringMatch};
 
     use super::*;
@@ -466,14 +484,17 @@ mod tests {
         store: Store,
         live: Rc<Registry>,
         seen: PolicySet,
-        workload: Workload,
+        /// Whose policies were seen.
+        seen_for: Option<Arc<Workload>>,
+        workload: Arc<Workload>,
     }
 
     impl World {
         fn new() -> Self {
             let (store, _) = Store::new();
-            let workload = Workload { namespace: "shop".into(), ..Workload::default() };
-            Self { store, live: Registry::new(Metrics::default()), seen: PolicySet::default(), workload }
+            let workload = Arc::new(Workload { namespace: "shop".into(), ..Workload::default() });
+            let (live, seen) = (Registry::new(Metrics::default()), PolicySet::default());
+            Self { store, live, seen, seen_for: None, workload }
         }
 
         fn connect(&self, account: &str) -> Place {
@@ -484,18 +505,17 @@ mod tests {
             let Decision::Allowed { by } = question.ask(snapshot, &self.workload).decision else {
                 panic!("{account} is denied");
             };
-            self.live.enter_allowed(question, by, snapshot.version(), Some(id("server")))
+            self.live.enter_allowed(question, by, snapshot.version(), &self.workload, Some(id("server")))
         }
 
         /// As [`crate::watch`] does it.
         fn look(&mut self) {
             let newer = PolicySet::of(self.store.snapshot(), &self.workload);
             let difference = self.seen.until(&newer);
-            let (older, end) = (self.seen.version(), self.live.end());
-            if !difference.is_empty() {
-                self.live.ask_again(0..end, older, &newer, &difference, &self.workload);
-            }
-            self.seen = newer;
+            let last = self.seen_for.as_ref().map(|workload| Applying { policies: &self.seen, workload });
+            let now = Applying { policies: &newer, workload: &self.workload };
+            self.live.ask_again(0..self.live.end(), last.as_ref(), &now, &difference);
+            (self.seen, self.seen_for) = (newer, Some(self.workload.clone()));
         }
 
         fn change(&mut self, change: Change) {
@@ -543,6 +563,44 @@ mod tests {
         world.look();
         assert!(fate(&web).contains("shop/no-web"));
         assert_eq!(fate(&cart), "lives");
+    }
+
+    /// The snapshot is there before the pod learns what its workload is now.
+    #[test]
+    fn a_policy_that_selects_the_workload_is_asked_when_the_workload_is_told() {
+        let select = |world: &World, names: &[&str]| {
+            let key = |name: &&str| NamespacedName { namespace: "shop".into(), name: (*name).into() };
+            let policies = names.iter().map(key).collect::<Vec<_>>().into();
+            Arc::new(Workload { authorization_policies: policies, ..(*world.workload).clone() })
+        };
+        let selecting = |name: &str, account: &str| {
+            let Change::PutPolicy(policy) = policy(name, Action::Deny, account) else { unreachable!() };
+            Change::PutPolicy(Arc::new(Policy { scope: Scope::WorkloadSelector, ..(*policy).clone() }))
+        };
+        let mut world = World::new();
+        let early = world.connect("web");
+        world.look();
+        world.change(selecting("no-web", "web"));
+        // One change of the policies of its namespace is enough for a look in between, by which all that lives is judged.
+        world.change(policy("no-other", Action::Deny, "other"));
+        let late = world.connect("web");
+        let bystander = world.connect("cart");
+        world.look();
+        assert_eq!((fate(&early), fate(&late)), ("lives".into(), "lives".into()));
+        world.workload = select(&world, &["no-web"]);
+        world.look();
+        for place in [&early, &late] {
+            assert!(fate(place).contains("shop/no-web"), "{}", fate(place));
+        }
+        assert_eq!(fate(&bystander), "lives");
+        // And without that look: it was asked in the newest snapshot, of the older workload.
+        let mut world = World::new();
+        world.look();
+        world.change(selecting("no-web", "web"));
+        let late = world.connect("web");
+        world.workload = select(&world, &["no-web"]);
+        world.look();
+        assert!(fate(&late).contains("shop/no-web"), "{}", fate(&late));
     }
 
     fn peer(account: &str, not_after: u64) -> Peer {

@@ -153,6 +153,12 @@ impl Wanted {
         };
         // From now on, what becomes of the pod's identity concerns it.
         let place = pod.live().enter_opened(own);
+        // And what had become of it while discovery or a resolver was asked.
+        let known = pod.known();
+        if known.here().map(|now| now.workload.identity()) != Some(routed.local.workload.identity()) {
+            let why = "the pod is no longer the workload that the connection was routed for";
+            return Err(Failure::new(Flag::IdentityError, why));
+        }
         // Not a matter of the endpoint, nor of its time.
         let credentials = match &routed.upstream.path {
             Path::Tcp => None,

@@ -245,7 +245,7 @@ async fn serve(pod: Pod, sockets: Sockets4, cut: CancellationToken, _running: Ta
             dns::serve(&pod, &pod.shared().config.dns, sockets.dns),
         );
         pod.drain().cancelled().await;
-        pod.tunnels().retire_all();
+        pod.tunnels().close();
         pod.connections().finished().await;
     };
     let watched = async {
@@ -256,7 +256,7 @@ async fn serve(pod: Pod, sockets: Sockets4, cut: CancellationToken, _running: Ta
         () = served => {}
         () = watched => {}
         () = cut.cancelled() => {
-            pod.tunnels().retire_all();
+            pod.tunnels().close();
             cut_off(&pod).await;
         }
     }

@@ -99,9 +99,14 @@ impl Tunnels {
         }
     }
 
-    /// Opens no more streams on the tunnels there are.
+    /// Opens no more streams on the tunnels there are, nor on those that are being made.
     pub(crate) fn retire_all(&self) {
-        self.0.pool.retire(|_, _| true);
+        self.0.pool.retire_all();
+    }
+
+    /// The same, and whatever is made from now on is for those alone who wait for it.
+    pub(crate) fn close(&self) {
+        self.0.pool.close();
     }
 
     /// Opens no more streams on tunnels whose ends are no longer trusted.

@@ -12,7 +12,7 @@
 //! looks.
 //!
 //! What it costs, on the worker and off the byte path: a change of policies that does not concern the pod, a comparison of two
-//! lists of pointers. One that does, for each live connection an evaluation of the policies that are different, not of all
+//! lists of pointers and, for each live connection, of a number. One that does, for each live connection an evaluation of the policies that are different, not of all
 //! (10,000 connections and 1 of 1,000 policies changed: 10,000 evaluations, a few milliseconds). Only a connection whose own allow policy
 //! is gone is asked about by all; those are the ones that are mostly cut. A change of trust costs a chain verification for each
 //! tunnel (some 100 µs), not for each connection. Between batches the worker turns to its connections.
@@ -32,7 +32,7 @@ use zspire_identity::{Credentials, Peer, State, Watch};
 use zspire_model::authorize::PolicySet;
 use zspire_model::{SpiffeId, Workload};
 
-use crate::live::{Proof, Reason, Verdict};
+use crate::live::{Applying, Proof, Reason, Verdict};
 use crate::metrics::Reporter;
 use crate::pod::{Known, Local, Pod};
 use crate::tunnels::Chain;
@@ -72,13 +72,15 @@ impl Newest {
     /// A peer has proved who it is.
     pub(crate) fn put(&self, reporter: Reporter, address: IpAddr, peer: &Peer) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if all.len() >= REMEMBERED {
+        let key = (reporter, peer.id.clone(), address);
+        let known = all.contains_key(&key);
+        if !known && all.len() >= REMEMBERED {
             let now = SystemTime::now();
             all.retain(|_, peer| peer.not_after > now);
         }
         // One that is not remembered is only cut sooner.
-        if all.len() < REMEMBERED {
-            all.insert((reporter, peer.id.clone(), address), peer.clone());
+        if known || all.len() < REMEMBERED {
+            all.insert(key, peer.clone());
         }
     }
 
@@ -202,17 +204,18 @@ async fn look_at_policies(pod: &Pod, seen: &RefCell<Seen>, local: &Local) {
         })
     };
     let Some(newer) = newer else { return };
-    let (difference, older) = {
+    let (policies, asked_for) = {
         let seen = seen.borrow();
-        (seen.policies.until(&newer), seen.policies.version())
+        (seen.policies.clone(), seen.asked_for.clone())
     };
-    if !difference.is_empty() {
-        let mut from = 0;
-        while from < pod.live().end() {
-            pod.live().ask_again(from..from + BATCH, older, &newer, &difference, workload);
-            from += BATCH;
-            yield_now().await;
-        }
+    let difference = policies.until(&newer);
+    let last = asked_for.as_ref().map(|workload| Applying { policies: &policies, workload });
+    let now = Applying { policies: &newer, workload };
+    let mut from = 0;
+    while from < pod.live().end() {
+        pod.live().ask_again(from..from + BATCH, last.as_ref(), &now, &difference);
+        from += BATCH;
+        yield_now().await;
     }
     // Only now: a look that was dropped midway is done again as a whole.
     let mut seen = seen.borrow_mut();
@@ -229,8 +232,20 @@ async fn look_at_trust(pod: &Pod, seen: &RefCell<Seen>, state: &State, trust: u6
             pod.live().cut_other_identities(None, &verdict);
             None
         }
-        // What runs goes on, on what it began with; what expires meanwhile is cut all the same.
-        State::Pending { .. } | State::Failed { .. } => None,
+        // What runs goes on, on what it began with, for as long as that is good.
+        State::Pending { why } | State::Failed { why, .. } => {
+            let held = seen.borrow().credentials.clone();
+            if let Some(held) = held.filter(|held| held.not_after() + LAST_SECOND <= SystemTime::now()) {
+                let why = format_args!("the pod's own certificate has expired: {why}");
+                let verdict = Verdict::new(Reason::CredentialsExpired, why);
+                pod.tunnels().retire_all();
+                pod.live().cut_tunnelled(&verdict);
+                pod.live().cut_other_identities(None, &verdict);
+                seen.borrow_mut().credentials = None;
+                drop(held);
+            }
+            None
+        }
     };
     let (all, with) = {
         let seen = seen.borrow();
@@ -250,8 +265,10 @@ async fn look_at_trust(pod: &Pod, seen: &RefCell<Seen>, state: &State, trust: u6
 }
 
 /// A certificate is valid to the end of its last second.
+const LAST_SECOND: Duration = Duration::from_secs(1);
+
 fn expired_at(proof: &Proof) -> SystemTime {
-    proof.not_after() + Duration::from_secs(1)
+    proof.not_after() + LAST_SECOND
 }
 
 /// Verifies peers anew: all, or those whose certificates have expired or are in doubt.
@@ -262,6 +279,8 @@ async fn verify_peers(pod: &Pod, credentials: &Credentials, all: bool) {
     let mut lost: Vec<(Rc<Proof>, Verdict)> = Vec::new();
     for (n, proof) in due.enumerate() {
         if n % PEERS == PEERS - 1 {
+            // Whoever is lost by now does not wait for the others to be looked at.
+            withdraw(pod, &mut lost);
             yield_now().await;
         }
         let peer = proof.peer.borrow().clone();
@@ -279,9 +298,14 @@ async fn verify_peers(pod: &Pod, credentials: &Credentials, all: bool) {
             lost.push((proof.clone(), judgement(&proof, &first)));
         }
     }
+    withdraw(pod, &mut lost);
+}
+
+fn withdraw(pod: &Pod, lost: &mut Vec<(Rc<Proof>, Verdict)>) {
     if !lost.is_empty() {
-        pod.live().withdraw(&lost);
+        pod.live().withdraw(lost);
         pod.tunnels().retire_withdrawn();
+        lost.clear();
     }
 }
 

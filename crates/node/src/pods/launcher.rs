@@ -25,6 +25,9 @@ use super::{Launcher, Namespace, PodInfo};
 use crate::config::WorkloadName;
 use crate::mesh::Mesh;
 
+/// How long discovery is asked for a pod's own workload.
+const DEMAND: Duration = Duration::from_secs(30);
+
 /// What all pods have in common.
 #[derive(Debug)]
 pub struct Settings {
@@ -152,7 +155,8 @@ impl PodLauncher {
         // Nothing is known before it is asked for, the pod itself included.
         let key = format!("{}//Pod/{}/{}", self.settings.cluster_id, pod.namespace, pod.name);
         tokio::spawn(async move {
-            let answer = on_demand.get(key.clone()).await;
+            // It is asked for again with the next attempt, if there is one.
+            let answer = tokio::time::timeout(DEMAND, on_demand.get(key.clone())).await;
             tracing::debug!(uid = key, ?answer, "a pod's own workload");
         });
     }
