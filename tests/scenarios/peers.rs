@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use zspire_testkit::plan::captured;
 use zspire_testkit::policy::{allow_address, deny_from};
-use zspire_testkit::{Mesh, Peer, Pod, mesh, uncaptured};
+use zspire_testkit::{Mesh, Peer, Pod, mesh, uncaptured, until};
 
 use crate::scenario;
 
@@ -204,5 +204,24 @@ fn peer_that_stalls_in_many_handshakes_keeps_nobody_out() {
         );
         server.refusal("inbound", "too many TLS handshakes are under way from this address");
         server.metric(&["zspire_early_denials_total", "reason=\"handshakes\""]);
+    });
+}
+
+/// One that holds tunnels and does nothing with them has a share of them, and others are served meanwhile.
+#[test]
+fn peer_that_holds_many_tunnels_keeps_nobody_out() {
+    scenario(|| {
+        let server = captured("server").with("ZTUNNEL_WORKER_THREADS", "1");
+        let mesh = mesh().node("a").pod(uncaptured("stranger")).pod("client").node("b").pod(server).start();
+        let (client, server, stranger) = (mesh.pod("client"), mesh.pod("server"), mesh.pod("stranger"));
+        let _app = server.greet();
+        let peer = Peer::new(&mesh, &stranger, "spiffe://cluster.local/ns/test/sa/stranger");
+        let held: Vec<_> = (0..1024).map(|_| peer.tunnel(&server).unwrap()).collect();
+        assert!(peer.tunnel(&server).is_err());
+        server.refusal("inbound", "too many tunnels are open from this address");
+        server.metric(&["zspire_early_denials_total", "reason=\"tunnels\""]);
+        client.reaches(server.app());
+        drop(held);
+        until("another tunnel", || peer.tunnel(&server).map(drop).map_err(|error| error.to_string()));
     });
 }

@@ -39,6 +39,10 @@ pub struct Config {
     pub handshakes: usize,
     /// Those of one source address among them, so that one that stalls leaves room for the others.
     pub handshakes_per_source: usize,
+    /// Tunnels that came in, on each worker for each pod.
+    pub tunnels: usize,
+    /// Those of one source address among them.
+    pub tunnels_per_source: usize,
 }
 
 impl Default for Config {
@@ -58,6 +62,8 @@ impl Default for Config {
             workload_timeout: Duration::from_secs(5),
             handshakes: 1024,
             handshakes_per_source: 256,
+            tunnels: 16_384,
+            tunnels_per_source: 1024,
         }
     }
 }

@@ -37,6 +37,13 @@ pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
             return accepted.refuse();
         }
     };
+    let _tunnel = match pod.tunnel(source.ip()) {
+        Ok(tunnel) => tunnel,
+        Err(crowded) => {
+            refused("tunnels", &crowded);
+            return accepted.refuse();
+        }
+    };
     match Authenticated::new(&pod, accepted).await {
         Ok(authenticated) => {
             drop(handshake);

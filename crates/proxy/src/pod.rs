@@ -90,7 +90,8 @@ struct Inner {
     connections: Tasks,
     /// What [`Shared::discovered`] was last seen to say: it never turns back.
     discovered: Cell<bool>,
-    handshakes: RefCell<Handshakes>,
+    handshakes: RefCell<BySource>,
+    tunnels_in: RefCell<BySource>,
     drain: CancellationToken,
 }
 
@@ -117,6 +118,7 @@ impl Pod {
             connections: Tasks::default(),
             discovered: Cell::new(false),
             handshakes: RefCell::default(),
+            tunnels_in: RefCell::default(),
             drain,
         }))
     }
@@ -210,11 +212,30 @@ impl Pod {
     }
 
     /// Leave for one more handshake with a peer at this address.
-    pub(crate) fn handshake(&self, peer: IpAddr) -> Result<Handshake, Crowded> {
+    pub(crate) fn handshake(&self, peer: IpAddr) -> Result<Leave, Crowded> {
         let config = &self.0.shared.config;
-        let of = neighbourhood(peer);
-        self.0.handshakes.borrow_mut().begin(of, config.handshakes, config.handshakes_per_source)?;
-        Ok(Handshake { pod: self.clone(), of })
+        let (all, of_one) = (config.handshakes, config.handshakes_per_source);
+        self.leave(Counted::Handshakes, neighbourhood(peer), all, of_one)
+    }
+
+    /// Leave for one more tunnel of a peer at this address.
+    pub(crate) fn tunnel(&self, peer: IpAddr) -> Result<Leave, Crowded> {
+        let config = &self.0.shared.config;
+        // The pods of a node may be neighbours, and each has tunnels of its own.
+        self.leave(Counted::Tunnels, peer.to_canonical(), config.tunnels, config.tunnels_per_source)
+    }
+
+    fn leave(&self, what: Counted, of: IpAddr, all: usize, of_one: usize) -> Result<Leave, Crowded> {
+        let begun = self.counted(what).borrow_mut().begin(of, all, of_one);
+        begun.map_err(|full| Crowded { what, full })?;
+        Ok(Leave { pod: self.clone(), what, of })
+    }
+
+    fn counted(&self, what: Counted) -> &RefCell<BySource> {
+        match what {
+            Counted::Handshakes => &self.0.handshakes,
+            Counted::Tunnels => &self.0.tunnels_in,
+        }
     }
 
     /// Cuts what is no longer allowed; runs until dropped.
@@ -253,21 +274,21 @@ impl NotKnown {
     }
 }
 
-/// The handshakes under way: all, and those of each source. The table has no more entries than there are handshakes.
+/// What peers have: all, and those of each source. The table has no more entries than there are of them.
 #[derive(Debug, Default)]
-struct Handshakes {
+struct BySource {
     all: usize,
     by_source: HashMap<IpAddr, usize>,
 }
 
-impl Handshakes {
-    fn begin(&mut self, of: IpAddr, all: usize, of_one: usize) -> Result<(), Crowded> {
+impl BySource {
+    fn begin(&mut self, of: IpAddr, all: usize, of_one: usize) -> Result<(), Full> {
         if self.all >= all {
-            return Err(Crowded::All);
+            return Err(Full::All);
         }
         let own = self.by_source.entry(of).or_default();
         if *own >= of_one {
-            return Err(Crowded::Source);
+            return Err(Full::Source);
         }
         *own += 1;
         self.all += 1;
@@ -296,25 +317,48 @@ fn neighbourhood(address: IpAddr) -> IpAddr {
     }
 }
 
-/// No leave for a handshake.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Crowded {
-    #[error("too many TLS handshakes are under way")]
+/// What is counted by source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Counted {
+    Handshakes,
+    Tunnels,
+}
+
+/// Whose share is used up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Full {
     All,
-    #[error("too many TLS handshakes are under way from this address")]
     Source,
 }
 
-/// A TLS handshake under way.
+/// No leave for one more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Crowded {
+    what: Counted,
+    full: Full,
+}
+
+impl fmt::Display for Crowded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.what {
+            Counted::Handshakes => "too many TLS handshakes are under way",
+            Counted::Tunnels => "too many tunnels are open",
+        })?;
+        f.write_str(if self.full == Full::Source { " from this address" } else { "" })
+    }
+}
+
+/// A TLS handshake under way, or a tunnel that came in; it is over when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Handshake {
+pub(crate) struct Leave {
     pod: Pod,
+    what: Counted,
     of: IpAddr,
 }
 
-impl Drop for Handshake {
+impl Drop for Leave {
     fn drop(&mut self) {
-        self.pod.0.handshakes.borrow_mut().end(self.of);
+        self.pod.counted(self.what).borrow_mut().end(self.of);
     }
 }
 
@@ -324,19 +368,19 @@ mod tests {
 
     #[test]
     fn one_source_cannot_take_all_handshakes() {
-        let mut under_way = Handshakes::default();
+        let mut under_way = BySource::default();
         let at = |text: &str| neighbourhood(text.parse().unwrap());
         let (stalling, other) = (at("10.0.0.1"), at("10.0.0.2"));
         for _ in 0..2 {
             under_way.begin(stalling, 4, 2).unwrap();
         }
-        assert_eq!(under_way.begin(stalling, 4, 2), Err(Crowded::Source));
-        assert_eq!(under_way.begin(at("::ffff:10.0.0.1"), 4, 2), Err(Crowded::Source));
+        assert_eq!(under_way.begin(stalling, 4, 2), Err(Full::Source));
+        assert_eq!(under_way.begin(at("::ffff:10.0.0.1"), 4, 2), Err(Full::Source));
         under_way.begin(other, 4, 2).unwrap();
         under_way.end(stalling);
         under_way.begin(stalling, 4, 2).unwrap();
         under_way.begin(at("fd00::1:2:3:4"), 4, 2).unwrap();
-        assert_eq!(under_way.begin(at("fd00::1"), 4, 2), Err(Crowded::All));
+        assert_eq!(under_way.begin(at("fd00::1"), 4, 2), Err(Full::All));
         assert_eq!(at("fd00::1"), at("fd00::1:2:3:4"));
         for of in [stalling, stalling, other, at("fd00::")] {
             under_way.end(of);

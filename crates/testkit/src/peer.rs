@@ -49,6 +49,8 @@ impl Peer {
     /// The same with a certificate that expires after this time and is not renewed.
     #[track_caller]
     pub fn for_a_while(mesh: &Mesh, at: &Pod, id: &str, lifetime: Duration) -> Self {
+        // It may hold more tunnels than a process has descriptors by default.
+        zspire_sys::privileges::raise_descriptor_limit().expect("the limit may be raised");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let credentials = credentials(mesh, &runtime, id, lifetime);
         Self { runtime, credentials, netns: at.netns().clone() }

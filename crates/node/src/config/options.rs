@@ -114,7 +114,7 @@ table! {
         KEEPALIVE_TIME = "180s": "Idle time before the first keepalive probe.";
         KEEPALIVE_INTERVAL = "180s": "Time between keepalive probes.";
         KEEPALIVE_RETRIES = "9": "Unanswered probes before a connection is dead.";
-        USER_TIMEOUT_ENABLED = "false": "Set TCP_USER_TIMEOUT to KEEPALIVE_TIME + KEEPALIVE_RETRIES × KEEPALIVE_INTERVAL.";
+        USER_TIMEOUT_ENABLED = "false": "Set TCP_USER_TIMEOUT, on connections with other hosts, to KEEPALIVE_TIME + KEEPALIVE_RETRIES × KEEPALIVE_INTERVAL.";
         CONNECTION_TERMINATION_DEADLINE = "TERMINATION_GRACE_PERIOD_SECONDS − 5 s (− 1 s if that is 10 or less), else 5s": "How long live connections may go on after the proxy was told to stop.";
         TERMINATION_GRACE_PERIOD_SECONDS = "": "Grace period of the pod, seconds; see CONNECTION_TERMINATION_DEADLINE.";
         ZTUNNEL_WORKER_THREADS = "the CPU limit, else max(25 % of the cores, the CPU request, 2)": "Data-plane threads: a number, a percentage of the cores, or 0 for all of them.";
