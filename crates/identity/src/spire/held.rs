@@ -16,8 +16,7 @@ use tokio::sync::watch;
 use zspire_model::{SpiffeId, Str};
 
 use super::select::{self, Wanted};
-use super::subscriptions::Config;
-use super::{Meaning, Offer, Process, Reference, Refusal, Update};
+use super::{Config, Meaning, Offer, Process, Reference, Refusal, Update};
 use crate::clock::{Clock, rfc3339};
 use crate::credentials::{Credentials, Svid};
 use crate::key::PrivateKey;

@@ -30,11 +30,34 @@ use zeroize::Zeroizing;
 use zspire_model::{SpiffeId, Str};
 
 pub use endpoint::{Endpoint, EndpointError};
-pub use subscriptions::{Config, Driver, Subscriptions};
+pub use subscriptions::{Driver, Subscriptions};
 
 use crate::bundle::Bundles;
+use crate::clock::{Clock, SystemClock};
 use crate::grpc;
-use crate::source::WorkloadKey;
+use crate::source::{Watch, WorkloadKey};
+use crate::tls::Policy;
+
+/// How the source is run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// What TLS may use.
+    pub policy: Policy,
+    /// The clock that SVIDs are checked by.
+    pub clock: Arc<dyn Clock>,
+    /// Tells SVIDs with the same SPIFFE ID apart.
+    pub hint: Option<Str>,
+    /// Takes an SVID with another ID than expected, if the agent offers only that one.
+    pub accept_other_id: bool,
+    /// The proxy's own credentials: an SVID with their ID is not taken for another one.
+    pub own: Option<Watch>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { policy: Policy::default(), clock: Arc::new(SystemClock), hint: None, accept_other_id: false, own: None }
+    }
+}
 
 /// A way to ask an agent.
 #[async_trait]

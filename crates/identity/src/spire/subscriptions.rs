@@ -25,15 +25,13 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use zspire_model::Str;
 
 use super::held::{Held, Outcome};
-use super::{Agent, Locate, Meaning, Reference, Refusal, Update, Updates};
-use crate::clock::{Clock, SystemClock};
+use super::{Agent, Config, Locate, Meaning, Reference, Refusal, Update, Updates};
+use crate::clock::Clock;
 use crate::source::{Entry, Priority, Source, State, Watch, WorkloadKey};
 use crate::stats::{Latency, Stats};
 use crate::story::Story;
-use crate::tls::Policy;
 
 /// Longest time until a stream is open. An agent that attests processes looks for the container of one for half a minute.
 const OPEN: Duration = Duration::from_secs(60);
@@ -55,27 +53,6 @@ const DOUBT: Duration = Duration::from_secs(10);
 const RECHECK: Duration = Duration::from_secs(10);
 /// A wall clock that goes on otherwise than the monotonic one by more than this has jumped.
 const JUMP: Duration = Duration::from_secs(1);
-
-/// How the source is run.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// What TLS may use.
-    pub policy: Policy,
-    /// The clock that SVIDs are checked by.
-    pub clock: Arc<dyn Clock>,
-    /// Tells SVIDs with the same SPIFFE ID apart.
-    pub hint: Option<Str>,
-    /// Takes an SVID with another ID than expected, if the agent offers only that one.
-    pub accept_other_id: bool,
-    /// The proxy's own credentials: an SVID with their ID is not taken for another one.
-    pub own: Option<Watch>,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self { policy: Policy::default(), clock: Arc::new(SystemClock), hint: None, accept_other_id: false, own: None }
-    }
-}
 
 /// A source and the task that makes it work.
 pub fn new(agent: Arc<dyn Agent>, locate: Arc<dyn Locate>, config: Config) -> (Subscriptions, Driver) {
