@@ -205,6 +205,8 @@ impl Spire {
     /// Deletes the entry of a node's proxy; returns when the agent knows.
     #[track_caller]
     pub fn deregister_proxy(&self, node: &str) {
+        // An agent that hears of the entry only now could hear of it after it is deleted.
+        until("the agent to know of the proxy", || self.agent(node).fetch().map(drop));
         let entry = lock(&self.proxies).remove(node).expect("the proxy is registered");
         self.server(self.agent(node).trust_domain()).run(&["entry", "delete", "-entryID", &entry]);
         // This process is of the same user.
