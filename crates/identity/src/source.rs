@@ -124,12 +124,19 @@ impl State {
 pub struct Watch {
     states: watch::Receiver<State>,
     demand: Arc<dyn Fn() + Send + Sync>,
+    /// Whether one failed attempt says nothing of the next.
+    patient: bool,
 }
 
 impl Watch {
     /// For sources: `demand` is called when somebody waits for the credentials and they are not ready.
     pub fn new(states: watch::Receiver<State>, demand: impl Fn() + Send + Sync + 'static) -> Self {
-        Self { states, demand: Arc::new(demand) }
+        Self { states, demand: Arc::new(demand), patient: false }
+    }
+
+    /// Of a source that goes on asking, whose first refusals pass: an agent that has just started knows nobody.
+    pub fn patient(self) -> Self {
+        Self { patient: true, ..self }
     }
 
     /// The current state.
@@ -151,7 +158,8 @@ impl Watch {
     /// The credentials now, or as soon as they are there.
     ///
     /// When they are not, this is on-demand demand: it is fetched before anything else, and a source that is backing
-    /// off tries again at once. Returns with the reason when that attempt fails or `deadline` passes. Safe to cancel.
+    /// off tries again at once. Returns with the reason when that attempt fails (unless the source is [patient](Self::patient)),
+    /// when they are taken away, or when `deadline` passes. Safe to cancel.
     pub async fn ready(&self, deadline: Instant) -> Result<Arc<Credentials>, NotReady> {
         let mut states = self.states.clone();
         if let Some(credentials) = states.borrow_and_update().credentials() {
@@ -169,6 +177,7 @@ impl Watch {
             match &*states.borrow_and_update() {
                 State::Ready(credentials) => return Ok(credentials.clone()),
                 State::Pending { .. } => {}
+                State::Failed { .. } if self.patient => {}
                 State::Revoked { why } | State::Failed { why, .. } => {
                     return Err(NotReady { why: why.clone(), timed_out: false });
                 }

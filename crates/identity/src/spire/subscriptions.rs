@@ -139,7 +139,7 @@ impl Source for Subscriptions {
             slot
         });
         let demand = slot.demand.clone();
-        Watch::new(slot.states.clone(), move || demand.notify_one())
+        Watch::new(slot.states.clone(), move || demand.notify_one()).patient()
     }
 
     fn forget(&self, key: &WorkloadKey) {

@@ -498,3 +498,29 @@ async fn what_cannot_be_found_yet_is_looked_for_again() {
     rig.stream().await.send(rig.update(WEB)).unwrap();
     until(&mut web, "ready").await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_is_not_sent_away_by_the_first_refusal() {
+    let mut rig = Rig::new();
+    *rig.agent.refuse.lock().unwrap() = Some(refusal(Meaning::Unregistered, "no identity issued"));
+    let web = rig.watch(WEB, "pod-1");
+    let waiting = {
+        let web = web.clone();
+        tokio::spawn(async move { web.ready(Instant::now() + Duration::from_secs(5)).await.map(|it| it.id().clone()) })
+    };
+    rig.stream().await;
+    rig.stream().await;
+    *rig.agent.refuse.lock().unwrap() = None;
+    rig.stream().await.send(rig.update(WEB)).unwrap();
+    assert_eq!(waiting.await.unwrap().unwrap().as_str(), WEB);
+
+    // The wait has an end, with the reason.
+    *rig.agent.refuse.lock().unwrap() = Some(refusal(Meaning::Outage, "away"));
+    let db = rig.watch(DB, "pod-2");
+    let before = Instant::now();
+    let late = db.ready(Instant::now() + Duration::from_secs(5)).await.unwrap_err();
+    assert_eq!(
+        (before.elapsed().as_secs(), late.to_string()),
+        (5, "the identity is not ready in time: away".to_owned())
+    );
+}
