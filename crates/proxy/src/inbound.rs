@@ -213,8 +213,10 @@ impl Tunnel {
         let connected = match connected {
             Ok(connected) => connected,
             Err(failure) => {
+                // A policy may have come that denies it: who asked must not take that for an endpoint that is down.
+                let denied = failure.flag == Flag::Deny;
                 flow.finish(false, Err(failure));
-                incoming.reject(StatusCode::SERVICE_UNAVAILABLE);
+                incoming.reject(if denied { StatusCode::UNAUTHORIZED } else { StatusCode::SERVICE_UNAVAILABLE });
                 return None;
             }
         };
