@@ -4,7 +4,7 @@ SHELL := /bin/bash
 CACHE := $(or $(ZSPIRE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/zspire)
 export PATH := $(PATH):/usr/sbin:/sbin:$(CACHE)/tools-1/bin
 
-.PHONY: help demo test test-spire soak check bench fuzz docs clean
+.PHONY: help demo test test-spire test-istio test-peers soak check bench fuzz docs clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,13 @@ test-spire: ## run the tests against a real SPIRE, which is built first, once (G
 	@scripts/install spire
 	cargo build --locked -p zspire
 	cargo nextest run --locked --workspace --profile spire $(ARGS)
+
+test-istio: ## run the tests under a real istiod and Kubernetes API server, which are built first, once (Go or Python, and as root)
+	@scripts/install istio
+	cargo build --locked -p zspire
+	cargo nextest run --locked --workspace --profile istio $(ARGS)
+
+test-peers: test-spire test-istio ## both of these
 
 soak: ## the long forms of two tests: 100 handovers under load, pods that come and go for two minutes
 	@scripts/install test

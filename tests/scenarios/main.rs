@@ -11,6 +11,7 @@ mod cutting;
 mod drain;
 mod enroll;
 mod handover;
+mod istio;
 mod limits;
 mod names;
 mod paths;

@@ -39,10 +39,10 @@ fn commands_show_what_the_proxy_knows() {
         hear(&served, "hello");
         let expected = [
             ("workloads", vec!["server", "10.244.2.1", "HBONE"]),
-            ("services", vec!["api", "10.96.0.1", "1/1"]),
+            ("services", vec!["api", "10.96.1.1", "1/1"]),
             ("policies", vec!["deny-nobody", "Deny", "Namespace"]),
             ("certificates", vec!["spiffe://cluster.local/ns/test/sa/client", "Leaf", "Root", "Available"]),
-            ("connections", vec!["client", "10.244.2.1:15008", "10.96.0.1:80", "HBONE"]),
+            ("connections", vec!["client", "10.244.2.1:15008", "10.96.1.1:80", "HBONE"]),
         ];
         for (command, words) in expected {
             let table = printed(&client.zspire(&[command]));

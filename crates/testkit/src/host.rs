@@ -10,6 +10,7 @@ use zspire_sys::netns::Netns;
 use zspire_sys::nft::Redirection;
 use zspire_sys::process::in_netns;
 
+use crate::istio;
 use crate::mesh::{World, lock};
 use crate::plan::{NAMESPACE, Source};
 use crate::process::Process;
@@ -122,6 +123,9 @@ impl Host {
                     .env("XDS_ADDRESS", &address)
                     .env("ZSPIRE_JOIN_TOKEN", self.folder().join(format!("{}.token", self.name)))
                     .env("ZSPIRE_STATE_DIR", self.folder().join(format!("{}.state", self.name)));
+            }
+            Source::Istio => {
+                command.envs(istio::environment(self.folder(), world.control_plane, &self.node));
             }
             Source::Spire(Settings { way, .. }) => {
                 command.env("LOCAL_XDS_PATH", self.folder().join("mesh.json")).envs(spire::environment(

@@ -19,6 +19,7 @@ use zspire_sys::topology::{self, Topology};
 
 use crate::capture::Recording;
 use crate::host::{Host, Serves};
+use crate::istio::Istio;
 use crate::plan::{Mode, NAMESPACE, Plan, PodPlan, SERVICE_PORT, Source, proxy_name};
 use crate::pod::Pod;
 use crate::process::Process;
@@ -50,6 +51,7 @@ pub struct Mesh {
     control_plane: Mutex<Option<Process>>,
     enrolling: Mutex<Vec<Process>>,
     spire: Option<Spire>,
+    istio: Option<Istio>,
     pods: Vec<Pod>,
     plan: Mutex<Plan>,
     world: Arc<World>,
@@ -64,7 +66,7 @@ impl Mesh {
         let mut topology = Topology::new().expect("a network");
         let world = Arc::new(World::new(plan.source, topology.uplink_address()));
         let mut nodes: Vec<_> = plan.nodes.iter().map(|name| topology.node(name).expect("a node")).collect();
-        let hosts: Vec<_> = (0..nodes.len()).map(|n| Arc::new(node_host(&plan, n, &nodes[n].netns, &world))).collect();
+        let hosts: Vec<_> = (0..nodes.len()).map(|n| Arc::new(node_host(&plan, &nodes[n], n, &world))).collect();
         let mut counts = vec![0; nodes.len()];
         let mut pods = Vec::new();
         for pod in &plan.pods {
@@ -79,10 +81,15 @@ impl Mesh {
         let control_plane_runs = plan.control_plane_runs;
         let spire = match plan.source {
             Source::Spire(settings) => Some(start_spire(&plan, settings, &nodes, &topology, &world)),
-            Source::Files | Source::ControlPlane => None,
+            Source::Files | Source::ControlPlane | Source::Istio => None,
         };
+        let istio = (plan.source == Source::Istio).then(|| {
+            let uplink = (topology.uplink(), topology.uplink_address());
+            let nodes: Vec<_> = nodes.iter().map(|node| (node.name.clone(), node.address)).collect();
+            Istio::start(&plan, world.folder.path(), uplink, &nodes, &pods)
+        });
         let (control_plane, enrolling, plan) = (Mutex::default(), Mutex::default(), Mutex::new(plan));
-        let mesh = Self { control_plane, enrolling, spire, pods, plan, world, hosts, nodes, topology };
+        let mesh = Self { control_plane, enrolling, spire, istio, pods, plan, world, hosts, nodes, topology };
         mesh.edit(|_| {});
         let host = |pod: &Pod| format!("{} {}.test\n", pod.address(), pod.name());
         let hosts: String = mesh.pods.iter().map(host).collect();
@@ -162,6 +169,12 @@ impl Mesh {
     #[track_caller]
     pub fn spire(&self) -> &Spire {
         self.spire.as_ref().expect("the mesh was asked for with a SPIRE")
+    }
+
+    /// The Istio that certificates and discovery come from.
+    #[track_caller]
+    pub fn istio(&self) -> &Istio {
+        self.istio.as_ref().expect("the mesh was asked for with an Istio")
     }
 
     /// Whether a proxy serves all pods of its node.
@@ -394,8 +407,8 @@ fn pod_host(plan: &Plan, pod: &PodPlan, netns: &Netns, world: &Arc<World>) -> Ho
 }
 
 /// The proxy of a node has the settings of all the pods there.
-fn node_host(plan: &Plan, node: usize, netns: &Netns, world: &Arc<World>) -> Host {
-    let mut environment = BTreeMap::new();
+fn node_host(plan: &Plan, place: &topology::Node, node: usize, world: &Arc<World>) -> Host {
+    let mut environment = BTreeMap::from([("INSTANCE_IP".to_owned(), place.address.to_string())]);
     let pods = || plan.pods.iter().filter(|pod| pod.node == node && pod.captured);
     for (name, value) in pods().flat_map(|pod| &pod.environment) {
         let before = environment.insert(name.clone(), value.clone());
@@ -410,7 +423,7 @@ fn node_host(plan: &Plan, node: usize, netns: &Netns, world: &Arc<World>) -> Hos
         name: plan.nodes[node].clone(),
         node: plan.nodes[node].clone(),
         serves: Serves::Node,
-        netns: netns.clone(),
+        netns: place.netns.clone(),
         environment,
         descriptors: pods().find_map(|pod| pod.descriptors),
         hosts: pods().any(|pod| pod.hosts),

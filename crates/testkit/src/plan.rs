@@ -29,6 +29,8 @@ pub enum Source {
     ControlPlane,
     /// A SPIRE, and the mesh as a file.
     Spire(Settings),
+    /// An istiod, and the mesh as objects of a Kubernetes API server.
+    Istio,
 }
 
 impl Source {
@@ -349,7 +351,7 @@ impl Plan {
         let endpoints = endpoints.iter().map(|&pod| pod.to_owned()).collect();
         self.services.push(ServicePlan {
             name: name.into(),
-            vip: Ipv4Addr::new(10, 96, 0, number),
+            vip: Ipv4Addr::new(10, 96, 1, number),
             endpoints,
             waypoint: None,
             port: SERVICE_PORT,
@@ -524,6 +526,19 @@ impl Plan {
             Source::Spire(settings) => settings,
             _ => panic!("this is said of a mesh with a SPIRE"),
         }
+    }
+
+    /// Certificates and discovery come from a real istiod, which learns of nodes, pods and services from a real Kubernetes API
+    /// server; one proxy on each node.
+    #[must_use]
+    pub fn istio(self) -> Self {
+        Self { mode: Mode::Shared, source: Source::Istio, ..self }
+    }
+
+    /// The same, and the test starts istiod. The proxies do not wait to be ready.
+    #[must_use]
+    pub fn istiod_down(self) -> Self {
+        Self { control_plane_runs: false, ..self.istio() }
     }
 
     /// The trust domain of a node's pods.

@@ -1,4 +1,4 @@
-//! Identities from a real SPIRE: servers and agents of the version in `scripts/spire/go.mod`, run by `make test-spire`.
+//! Identities from a real SPIRE: servers and agents of the version in `scripts/peers/spire/go.mod`, run by `make test-spire`.
 //!
 //! Each test runs once for each [`Way`] that it is about, and is called after it. They need root: agents tell workloads apart by
 //! user. What SPIRE cannot be made to do is tested in `zspire-identity`, against a fake agent.

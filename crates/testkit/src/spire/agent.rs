@@ -8,8 +8,9 @@ use std::sync::Mutex;
 use zspire_sys::netns::Netns;
 use zspire_sys::process::in_netns;
 
-use super::{Node, Server, Way, kubelet, pki, program, proxy_id, wait_until_ready};
+use super::{Node, Server, Way, kubelet, pki, proxy_id, wait_until_ready};
 use crate::mesh::lock;
+use crate::peers::program;
 use crate::process::Process;
 
 const HEALTH_PORT: u16 = 8090;

@@ -2,7 +2,7 @@
 //!
 //! Start reading at [`Spire`]. Servers run in the uplink's namespace and agents on their nodes, so that all tests can use the
 //! same ports at the same time. Agents attest by user: each pod has a process of a user of its own; or by the kubelet, whose
-//! place a [fake](kubelet) takes. The programs are built by `scripts/spire/build`; what they are told is in [`server`] and
+//! place a [fake](kubelet) takes. The programs are built by `scripts/peers/build spire`; what they are told is in [`server`] and
 //! [`agent`].
 
 mod agent;
@@ -13,7 +13,6 @@ mod server;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Mutex, MutexGuard};
 
 use zspire_sys::netns::Netns;
@@ -24,15 +23,19 @@ pub(crate) use pki::CACERTS;
 pub use server::{Authorities, Server};
 
 use crate::mesh::lock;
+use crate::peers::Peers;
 use crate::plan::NAMESPACE;
 use crate::pod::Pod;
 use crate::process::Process;
 use crate::wait::until;
 
-/// Says where SPIRE's programs are, if not in the cache folder.
-const PROGRAMS: &str = "ZSPIRE_TEST_SPIRE";
-/// The version that is tested with: the one of `scripts/spire/go.mod`.
-const VERSION: &str = "1.15.3";
+/// SPIRE's programs, of the version in `scripts/peers/spire/go.mod`.
+const PEERS: Peers = Peers {
+    name: "spire",
+    version: "1.15.3",
+    variable: "ZSPIRE_TEST_SPIRE",
+    programs: &["spire-server", "spire-agent"],
+};
 /// The user of the first pod's process; each further pod's is one more.
 const FIRST_USER: u32 = 20_001;
 
@@ -157,7 +160,7 @@ impl Spire {
         nodes: &[Node],
     ) -> Self {
         let Settings { way, lifetime, from_control_plane, .. } = settings;
-        let programs = programs();
+        let programs = PEERS.folder();
         let users = fs::read_to_string("/proc/self/uid_map").expect("proc(5)");
         let all = users.split_whitespace().nth(2) == Some("4294967295");
         assert!(all, "agents tell workloads apart by user: these tests need root, not a user namespace");
@@ -339,31 +342,6 @@ impl Spire {
     fn pods(&self) -> MutexGuard<'_, BTreeMap<String, Workload>> {
         lock(&self.pods)
     }
-}
-
-/// The folder of SPIRE's programs.
-#[track_caller]
-fn programs() -> PathBuf {
-    let cache = || {
-        let of = |name: &str| std::env::var_os(name).map(PathBuf::from);
-        let home = || Some(of("HOME")?.join(".cache"));
-        of("ZSPIRE_CACHE").or_else(|| Some(of("XDG_CACHE_HOME").or_else(home)?.join("zspire")))
-    };
-    let given = std::env::var_os(PROGRAMS).map(PathBuf::from);
-    let folder = given.or_else(|| Some(cache()?.join(format!("spire-{VERSION}")))).expect("there is a HOME");
-    assert!(
-        folder.join("spire-server").is_file() && folder.join("spire-agent").is_file(),
-        "{} has no spire-server and spire-agent: run scripts/spire/build, or `make test-spire`",
-        folder.display()
-    );
-    folder
-}
-
-/// A program of SPIRE's, with nothing of this process's environment.
-fn program(folder: &Path, name: &str) -> Command {
-    let mut command = Command::new(folder.join(name));
-    command.env_clear();
-    command
 }
 
 /// Waits until a program says on its health port that it is ready, and fails at once if it ends instead.

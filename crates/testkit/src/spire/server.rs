@@ -10,8 +10,9 @@ use serde_json::Value;
 use zspire_sys::netns::Netns;
 use zspire_sys::process::in_netns;
 
-use super::{Settings, pki, program, wait_until_ready};
+use super::{Settings, pki, wait_until_ready};
 use crate::mesh::lock;
+use crate::peers::program;
 use crate::process::Process;
 
 /// Where the first server listens for agents; each further one a port higher, as with the others.

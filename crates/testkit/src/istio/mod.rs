@@ -1,0 +1,180 @@
+//! A real Istio around a mesh: an API server with the objects of the plan, and istiod.
+//!
+//! Start reading at [`Istio`]. Both run in the uplink's namespace, so that all tests can use the same ports at the same time. The
+//! programs are built by `scripts/peers/build istio`. The test stands in for the kubelet: it says that pods run, and makes the
+//! tokens of proxies.
+
+mod cluster;
+mod istiod;
+mod objects;
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use zspire_sys::netns::Netns;
+
+pub use cluster::Cluster;
+pub use istiod::Istiod;
+
+use crate::peers::Peers;
+use crate::plan::{NAMESPACE, Plan};
+use crate::pod::Pod;
+use crate::wait::until;
+
+/// Istio's programs, and what they run on, of the versions in `scripts/peers/istio/go.mod`.
+const PEERS: Peers = Peers {
+    name: "istio",
+    version: "1.31-eed52ebb66ad-1",
+    variable: "ZSPIRE_TEST_ISTIO",
+    programs: &[
+        "etcd",
+        "kube-apiserver",
+        "kubectl",
+        "istiod",
+        "istioctl",
+        "install-cni",
+        "istio-cni",
+        "helm",
+        "kubelet",
+    ],
+};
+
+/// The namespace of the control plane and of the proxies.
+pub const SYSTEM: &str = "istio-system";
+/// The name of the cluster.
+pub const CLUSTER: &str = "Kubernetes";
+/// What proxies are called, and their service account.
+const PROXY: &str = "ztunnel";
+
+/// The pod of a node's proxy.
+pub fn proxy_pod(node: &str) -> String {
+    format!("{PROXY}-{node}")
+}
+
+/// An Istio that runs.
+#[derive(Debug)]
+pub struct Istio {
+    // First: it ends before what it asks.
+    istiod: Istiod,
+    cluster: Cluster,
+    folder: PathBuf,
+}
+
+impl Istio {
+    /// Starts everything, with the objects of a plan.
+    #[track_caller]
+    pub(crate) fn start(
+        plan: &Plan,
+        folder: &Path,
+        uplink: (&Netns, Ipv4Addr),
+        nodes: &[(String, Ipv4Addr)],
+        pods: &[Pod],
+    ) -> Self {
+        let programs = PEERS.folder();
+        let cluster = Cluster::start(folder, uplink, &programs);
+        let istio = Self { istiod: Istiod::new(folder, uplink), cluster, folder: folder.into() };
+        istio.cluster.apply(&cluster::list(&objects::namespaces()));
+        istio.cluster.apply(&cluster::list(&objects::objects(plan)));
+        let proxies = nodes
+            .iter()
+            .map(|(node, address)| objects::status(SYSTEM, &proxy_pod(node), &[IpAddr::from(*address)], true));
+        let applications = pods.iter().map(|pod| objects::status(NAMESPACE, pod.name(), &pod.addresses(), true));
+        istio.cluster.apply_status(&cluster::list(&proxies.chain(applications).collect::<Vec<_>>()));
+        nodes.iter().for_each(|(node, _)| istio.give_token(node));
+        if plan.control_plane_runs {
+            istio.start_istiod();
+        }
+        istio
+    }
+
+    /// Its API server.
+    pub fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
+    /// Its istiod.
+    pub fn istiod(&self) -> &Istiod {
+        &self.istiod
+    }
+
+    /// Starts istiod, also again; returns when it is ready and has told the proxies its root.
+    #[track_caller]
+    pub fn start_istiod(&self) {
+        self.istiod.start(&self.cluster);
+        self.deliver_root();
+    }
+
+    /// Writes the root that istiod has published where the proxies look for it, as a kubelet does it.
+    #[track_caller]
+    pub fn deliver_root(&self) {
+        let root = until("istiod to publish its root", || {
+            let name =
+                ["-n", SYSTEM, "get", "configmap", "istio-ca-root-cert", "-o", "jsonpath={.data.root-cert\\.pem}"];
+            match self.cluster.try_kubectl(&name, "")? {
+                root if root.is_empty() => Err("it is empty".to_owned()),
+                root => Ok(root),
+            }
+        });
+        let new = self.folder.join("root-cert.new");
+        fs::write(&new, root).and_then(|()| fs::rename(&new, root_file(&self.folder))).expect("the test's own folder");
+    }
+
+    /// Writes a token for the proxy of a node, as its kubelet does it.
+    #[track_caller]
+    pub fn give_token(&self, node: &str) {
+        self.write_token(node, &self.make_token(node, "istio-ca"));
+    }
+
+    /// A token of a node's proxy for an audience.
+    #[track_caller]
+    pub fn make_token(&self, node: &str, audience: &str) -> String {
+        let pod = proxy_pod(node);
+        let of = ["-n", SYSTEM, "create", "token", PROXY, "--bound-object-kind=Pod", "--bound-object-name", &pod];
+        let token = self.cluster.kubectl(&[&of[..], &["--duration=1h", "--audience", audience]].concat());
+        token.trim().to_owned()
+    }
+
+    /// Replaces the file in which the proxy of a node looks for its token.
+    #[track_caller]
+    pub fn write_token(&self, node: &str, token: &str) {
+        let new = self.folder.join(format!("{node}.token.new"));
+        fs::write(&new, token)
+            .and_then(|()| fs::rename(&new, token_file(&self.folder, node)))
+            .expect("the test's own folder");
+    }
+
+    /// The kubelet says that a pod is ready, or not.
+    #[track_caller]
+    pub fn set_ready(&self, pod: &Pod, ready: bool) {
+        self.cluster.apply_status(&objects::status(NAMESPACE, pod.name(), &pod.addresses(), ready).to_string());
+    }
+}
+
+/// The root that proxies verify istiod against.
+pub(crate) fn root_file(folder: &Path) -> PathBuf {
+    folder.join("root-cert.pem")
+}
+
+/// The token of a node's proxy.
+pub(crate) fn token_file(folder: &Path, node: &str) -> PathBuf {
+    folder.join(format!("{node}.token"))
+}
+
+/// What the proxy of a node is told.
+pub(crate) fn environment(folder: &Path, istiod: SocketAddr, node: &str) -> Vec<(&'static str, String)> {
+    let (url, root) = (format!("https://{istiod}"), root_file(folder).display().to_string());
+    vec![
+        ("CA_ADDRESS", url.clone()),
+        ("XDS_ADDRESS", url),
+        ("ALT_CA_HOSTNAME", istiod::NAME.into()),
+        ("ALT_XDS_HOSTNAME", istiod::NAME.into()),
+        ("CA_ROOT_CA", root.clone()),
+        ("XDS_ROOT_CA", root),
+        ("AUTH_TOKEN", token_file(folder, node).display().to_string()),
+        ("CLUSTER_ID", CLUSTER.into()),
+        ("POD_NAME", proxy_pod(node)),
+        ("POD_NAMESPACE", SYSTEM.into()),
+        ("SERVICE_ACCOUNT", PROXY.into()),
+    ]
+}
