@@ -1,10 +1,11 @@
 //! Stopping a proxy: live connections have their time, and not more.
 
-use std::net::TcpStream;
+use std::fs;
+use std::net::{TcpStream, UdpSocket};
 
 use zspire_testkit::app::finish;
 use zspire_testkit::plan::captured;
-use zspire_testkit::{Ending, Mesh, ending, hear, mesh, say, until};
+use zspire_testkit::{DEADLINE, Ending, Mesh, ending, hear, mesh, say, uncaptured, until};
 
 use crate::scenario;
 
@@ -98,5 +99,27 @@ fn proxy_that_waits_for_its_control_plane_can_be_stopped() {
         });
         server.drain();
         assert_eq!(server.ended().code(), Some(0));
+    });
+}
+
+#[test]
+fn name_that_nobody_answers_for_does_not_keep_it() {
+    scenario(|| {
+        let mesh = mesh().node("a").pod(uncaptured("resolver")).pod(uncaptured("client")).start();
+        let (resolver, client) = (mesh.pod("resolver"), mesh.pod("client"));
+        let silent = resolver.run(|| UdpSocket::bind((resolver.address(), 53))).unwrap();
+        let servers = format!("nameserver {}\noptions timeout:30\n", resolver.address());
+        fs::write(mesh.path("resolv.conf"), servers).unwrap();
+        let program = client.with_settings(&["proxy"]).get_program().to_str().unwrap().to_owned();
+        let script = "mount --bind resolv.conf /etc/resolv.conf && exec \"$0\" proxy";
+        let mut command = client.command("unshare", &["--mount", "sh", "-c", script, &program]);
+        command.env("FAKE_CA", "true").env("XDS_ADDRESS", "https://istiod.example.org:15012");
+        command.env("PROXY_MODE", "dedicated").env("PROXY_WORKLOAD_INFO", "test/client/client");
+        let mut proxy = mesh.process_of("asking", command);
+        // It asks, and would do so for a minute.
+        silent.set_read_timeout(Some(DEADLINE)).unwrap();
+        silent.recv_from(&mut [0; 512]).unwrap();
+        proxy.terminate();
+        assert_eq!(proxy.ended().code(), Some(0));
     });
 }

@@ -58,10 +58,13 @@ pub fn run(config: Config, build: BuildInfo, settled: impl FnOnce()) -> anyhow::
     tracing::info!(config = %dump::settings(&config), "configuration");
     let workers = Arc::new(Workers::start(config.workers).context("cannot start the data-plane threads")?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start")?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         let node = Node { config: Arc::new(config), build: Arc::new(build), logging, workers, started };
         node.run().await
-    })
+    });
+    // Else the process would be there for as long as the servers of a name that is looked up are silent.
+    runtime.shutdown_background();
+    result
 }
 
 /// Takes what the process needs, gives up what it does not, and says what did not work.

@@ -58,12 +58,13 @@ impl Worker {
         // Unbounded: senders are the control side's few (a pod came or went), never a peer.
         let (jobs, mut incoming) = mpsc::unbounded_channel::<Job>();
         let thread = std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
-            let local = LocalSet::new();
-            local.block_on(&runtime, async move {
+            LocalSet::new().block_on(&runtime, async move {
                 while let Some(job) = incoming.recv().await {
                     job();
                 }
             });
+            // Else it would be there for as long as the servers of a name that is looked up are silent.
+            runtime.shutdown_background();
         })?;
         Ok(Self { jobs: Some(jobs), metrics, thread: Some(thread) })
     }
