@@ -110,7 +110,7 @@ fn name_that_nobody_answers_for_does_not_keep_it() {
         let silent = resolver.run(|| UdpSocket::bind((resolver.address(), 53))).unwrap();
         let servers = format!("nameserver {}\noptions timeout:30\n", resolver.address());
         fs::write(mesh.path("resolv.conf"), servers).unwrap();
-        let program = client.with_settings(&["proxy"]).get_program().to_str().unwrap().to_owned();
+        let program = client.program(&[]).get_program().to_str().unwrap().to_owned();
         let script = "mount --bind resolv.conf /etc/resolv.conf && exec \"$0\" proxy";
         let mut command = client.command("unshare", &["--mount", "sh", "-c", script, &program]);
         command.env("FAKE_CA", "true").env("XDS_ADDRESS", "https://istiod.example.org:15012");

@@ -23,6 +23,7 @@ mod settings;
 mod socks5;
 mod spire;
 mod starting;
+mod supervised;
 mod surviving;
 mod telling;
 mod traffic;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use zspire_model::TrustDomain;
+use zspire_sys::supervisor::Supervisor;
 
 /// One setting: how it is named in the environment, and what it is for.
 #[derive(Debug, Clone, Copy)]
@@ -110,6 +111,8 @@ pub struct Config {
     pub ttl: Ttl,
     /// Filter of the log.
     pub log: String,
+    /// The service manager, if there is one.
+    pub supervisor: Supervisor,
 }
 
 /// Whose tokens are accepted.
@@ -201,6 +204,7 @@ impl Config {
                 max: parse("ZSPIRE_CP_MAX_TTL", &text(options.max_ttl, "ZSPIRE_CP_MAX_TTL"), duration)?,
             },
             log: text(options.log, "ZSPIRE_CP_LOG"),
+            supervisor: supervisor(environment),
         };
         config.check()
     }
@@ -214,6 +218,11 @@ impl Config {
         }
         Ok(self)
     }
+}
+
+fn supervisor(environment: impl Fn(&str) -> Option<String>) -> Supervisor {
+    let [socket, usec, pid] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"].map(environment);
+    Supervisor::new(socket.as_deref(), usec.as_deref(), pid.as_deref())
 }
 
 fn default(name: &str) -> &'static str {

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
+use zspire_sys::supervisor::Supervisor;
 use zspire_wire::ca::istio_certificate_service_server::IstioCertificateServiceServer;
 use zspire_xds::server::{Limits, Server as Discovery};
 
@@ -199,8 +200,11 @@ pub fn run(config: Config) -> Result<(), Error> {
         let stop = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate()).map_err(Error::Threads)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Threads)?;
+        let supervisor = config.supervisor.clone();
         let control_plane = ControlPlane::start(config).await?;
         control_plane.announce();
+        supervisor.ready();
+        tokio::spawn(live(supervisor.clone()));
         let told = stop.clone();
         let signals = async move {
             tokio::select! {
@@ -208,6 +212,7 @@ pub fn run(config: Config) -> Result<(), Error> {
                 _ = interrupt.recv() => {}
             }
             tracing::info!("told to stop, draining");
+            supervisor.stopping();
             told.cancel();
             // A second signal ends the wait for calls under way.
             tokio::select! {
@@ -221,6 +226,16 @@ pub fn run(config: Config) -> Result<(), Error> {
             () = signals => Ok(()),
         }
     })
+}
+
+/// Gives the service manager its signs of life.
+async fn live(supervisor: Supervisor) {
+    let Some(pulse) = supervisor.pulse() else { return };
+    let mut pulse = tokio::time::interval(pulse);
+    loop {
+        pulse.tick().await;
+        supervisor.alive();
+    }
 }
 
 impl ControlPlane {

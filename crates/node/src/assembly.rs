@@ -37,7 +37,7 @@ use crate::readiness::{self, Readiness};
 use crate::shutdown::Signals;
 use crate::tasks::Tasks;
 use crate::telemetry::{self, Logging};
-use crate::{BuildInfo, http_server, identities, spire};
+use crate::{BuildInfo, http_server, identities, spire, supervision};
 
 /// Runs the proxy until it is told to stop and has drained. Must be called before the process has threads.
 ///
@@ -133,6 +133,7 @@ impl Node {
         // These are there from the beginning: they are how an operator learns what is waited for.
         let ready = self.anywhere("readiness", self.config.addresses.readiness)?;
         tasks.spawn("readiness", http_server::serve(ready, readiness::router(readiness.clone()), tasks.stop.clone()));
+        self.supervise(&readiness, &tasks);
         let view = Arc::new(OnceLock::new());
         self.serve_admin(&view, &quit, &tasks)?;
 
@@ -140,6 +141,7 @@ impl Node {
             control = identities::start(&self.config, &readiness, &tasks) => control?,
             reason = signals.stop(&quit) => {
                 tracing::info!(?reason, "stopped before the proxy was ready");
+                self.config.supervisor.stopping();
                 return Ok(());
             }
         };
@@ -179,12 +181,21 @@ impl Node {
         };
         tracing::info!(?reason, deadline = ?self.config.termination_deadline, "draining");
         readiness.block("drain", "the proxy is told to stop");
+        self.config.supervisor.stopping();
         self.drain(&served, serving, &mut signals, &tasks).await;
         tasks.stop.cancel();
         tasks.finished().await;
         anyhow::ensure!(reason.is_some(), "a part of the proxy has failed; the log says which");
         tracing::info!("stopped");
         Ok(())
+    }
+
+    /// Tells the service manager how the proxy is.
+    fn supervise(&self, readiness: &Readiness, tasks: &Tasks) {
+        let (supervisor, workers) = (&self.config.supervisor, self.workers.clone());
+        tasks.spawn("status", supervision::follow(supervisor.clone(), readiness.clone(), tasks.stop.clone()));
+        let answered = move || supervision::all_work(workers.clone());
+        tasks.spawn("signs of life", supervision::live(supervisor.clone(), tasks.stop.clone(), answered));
     }
 
     fn mesh(&self, source: Arc<dyn Source>) -> Mesh {

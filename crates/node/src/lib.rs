@@ -22,6 +22,7 @@ pub mod readiness;
 pub mod remedies;
 pub mod shutdown;
 pub mod spire;
+mod supervision;
 pub mod tasks;
 pub mod telemetry;
 

@@ -25,6 +25,9 @@ pub struct Readiness {
     started: Instant,
 }
 
+/// A part, and what is to be said of it.
+pub type Told = (&'static str, String);
+
 /// Something that an operator has to mend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
@@ -74,14 +77,19 @@ impl Readiness {
         observed.push(Observed { part, ask: Box::new(ask) });
     }
 
-    /// What observed parts say is wrong.
-    pub fn problems(&self) -> Vec<(&'static str, Problem)> {
+    /// What keeps the proxy from being ready, part and reason; and what else an operator has to mend.
+    pub fn told(&self) -> (Vec<Told>, Vec<Told>) {
+        let (mut blocking, mut notes) = (self.pending(), Vec::new());
         let observed = self.observed.lock().unwrap_or_else(PoisonError::into_inner);
-        observed.iter().filter_map(|it| Some((it.part, (it.ask)()?))).collect()
+        for (part, problem) in observed.iter().filter_map(|it| Some((it.part, (it.ask)()?))) {
+            let list = if problem.blocks { &mut blocking } else { &mut notes };
+            list.push((part, problem.why));
+        }
+        (blocking, notes)
     }
 
     /// What is waited for: part and reason. Empty: ready.
-    pub fn pending(&self) -> Vec<(&'static str, String)> {
+    pub fn pending(&self) -> Vec<Told> {
         self.lock().iter().map(|(part, why)| (*part, why.clone())).collect()
     }
 
@@ -165,13 +173,8 @@ pub fn router(readiness: Readiness) -> Router {
 }
 
 async fn page(State(readiness): State<Readiness>) -> (StatusCode, String) {
-    let (mut blocking, mut notes) = (readiness.pending(), String::new());
-    for (part, problem) in readiness.problems() {
-        match problem.blocks {
-            true => blocking.push((part, problem.why)),
-            false => notes += &format!("note: {part}: {}\n", problem.why),
-        }
-    }
+    let (blocking, notes) = readiness.told();
+    let notes: String = notes.iter().map(|(part, why)| format!("note: {part}: {why}\n")).collect();
     if blocking.is_empty() {
         return (StatusCode::OK, format!("ready\n{notes}"));
     }

@@ -1,4 +1,4 @@
-//! The kernel interface: sockets, network namespaces, privileges, descriptor passing, redirection rules.
+//! The kernel interface: sockets, network namespaces, privileges, descriptor passing, redirection rules; and the service manager's.
 //!
 //! Owns every `unsafe` block of the project and every call that is particular to Linux. It knows nothing of meshes,
 //! identities or protocols, starts no task, and does not depend on an async runtime: its faces are descriptors and
@@ -22,5 +22,6 @@ pub mod process;
 pub mod program;
 pub mod scm;
 pub mod socket;
+pub mod supervisor;
 pub mod topology;
 pub mod userns;

@@ -108,6 +108,11 @@ impl Pod {
         in_netns(self.netns(), command)
     }
 
+    /// The program under test in the pod, with nothing of this process's environment, and not as its proxy.
+    pub fn program(&self, arguments: &[&str]) -> Command {
+        in_netns(self.netns(), self.0.world.zspire(arguments))
+    }
+
     /// What a command of ours prints, where its proxy is.
     pub fn zspire(&self, arguments: &[&str]) -> Output {
         in_netns(&self.0.host.netns, self.0.world.zspire(arguments))

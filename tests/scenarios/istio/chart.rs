@@ -160,7 +160,7 @@ fn has_no_more_privileges_than_it_needs(name: &str, pod: &Value) {
 /// The program starts with such an environment, in a file system that cannot be written to, with no capability but those.
 fn starts(mesh: &Mesh, name: &str, environment: &[(&str, &str)], capabilities: &[&str]) {
     let plain = mesh.pod("plain");
-    let program = plain.with_settings(&["proxy"]).get_program().to_str().unwrap().to_owned();
+    let program = plain.program(&[]).get_program().to_str().unwrap().to_owned();
     let kept: String = capabilities.iter().map(|it| format!(",+{}", it.to_lowercase())).collect();
     let script = format!(
         "mount -o remount,bind,ro / && exec setpriv --bounding-set=-all{kept} --inh-caps=-all {program} proxy ztunnel"

@@ -33,6 +33,7 @@ use zspire_sys::scm::Listener;
 use crate::BuildInfo;
 use crate::config::AgentConfig;
 use crate::shutdown::Signals;
+use crate::supervision;
 use crate::tasks::Tasks;
 use crate::telemetry;
 
@@ -68,12 +69,15 @@ async fn serve(config: &AgentConfig) -> anyhow::Result<()> {
     tasks.spawn("node proxies", zds::accept(proxies, book.hub(), tasks.stop.clone()));
     tasks.spawn("commands", control::accept(control, book.clone(), tasks.stop.clone()));
     tracing::info!(commands = %config.socket.display(), proxies = %config.zds.display(), "listening");
+    config.supervisor.ready();
+    tasks.spawn("signs of life", supervision::live(config.supervisor.clone(), tasks.stop.clone(), || async {}));
     let quit = CancellationToken::new();
     let reason = tokio::select! {
         reason = signals.stop(&quit) => Some(reason),
         () = tasks.stop.cancelled() => None,
     };
     tracing::info!(?reason, "stopping; the rules in the pods stay");
+    config.supervisor.stopping();
     tasks.stop.cancel();
     tasks.finished().await;
     // A proxy that connects from now on finds nobody, instead of somebody who does not answer.

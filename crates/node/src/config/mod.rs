@@ -21,6 +21,7 @@ pub use spire::Spire;
 use options as opt;
 use options::{Values, Variable};
 use zspire_proxy::dns::Listen;
+use zspire_sys::supervisor::Supervisor;
 
 /// A setting that cannot be used, with the variable to mend.
 #[derive(Debug, thiserror::Error)]
@@ -205,6 +206,7 @@ pub struct AgentConfig {
     pub dns_capture: bool,
     pub log_filter: String,
     pub log_format: LogFormat,
+    pub supervisor: Supervisor,
 }
 
 impl AgentConfig {
@@ -219,6 +221,7 @@ impl AgentConfig {
             dns_capture: value::flag(v, &opt::AMBIENT_DNS_CAPTURE, false)?,
             log_filter: log_filter(v)?,
             log_format: log_format(v)?,
+            supervisor: supervisor(v),
         })
     }
 }
@@ -276,6 +279,7 @@ pub struct Config {
     pub node_metadata: BTreeMap<String, serde_json::Value>,
     pub istio_version: String,
     pub in_kubernetes: bool,
+    pub supervisor: Supervisor,
     /// Of this user, if the system has one.
     pub runtime_dir: Option<PathBuf>,
     /// What was not understood, but is harmless: shown at start.
@@ -362,6 +366,7 @@ impl Config {
             node_metadata: node_metadata(v)?,
             istio_version: text(v, &opt::ISTIO_META_ISTIO_VERSION, "unknown"),
             in_kubernetes,
+            supervisor: supervisor(v),
             runtime_dir: v.get(&opt::XDG_RUNTIME_DIR).map(PathBuf::from),
             mode,
             warnings,
@@ -406,6 +411,11 @@ fn text(v: &Values, variable: &Variable, default: &str) -> String {
 
 fn inpod_uds(v: &Values) -> PathBuf {
     text(v, &opt::INPOD_UDS, "/var/run/ztunnel/ztunnel.sock").into()
+}
+
+fn supervisor(v: &Values) -> Supervisor {
+    let of = |variable| v.environment.get(variable).map(String::as_str);
+    Supervisor::new(of(opt::NOTIFY_SOCKET.name), of(opt::WATCHDOG_USEC.name), of(opt::WATCHDOG_PID.name))
 }
 
 fn port(v: &Values, variable: &Variable, default: u16) -> Result<u16, Error> {

@@ -137,6 +137,9 @@ table! {
         PROXY_CONFIG = "": "YAML of the proxy's configuration, laid over the mesh file's `defaultConfig` (keys `discoveryAddress`, `proxyAdminPort`, `statsPort`, `concurrency`, `proxyMetadata`). A variable that is not in the environment is looked for in `proxyMetadata`.";
         MESH_CONFIG = "./etc/istio/config/mesh": "The mesh file.";
         ISTIO_META_ISTIO_VERSION = "": "Version of Istio, the tag of the `istio_build` metric.";
+        NOTIFY_SOCKET = "": "Set by systemd: where it is told when the proxy or the node agent is ready, what it waits for, and that it stops.";
+        WATCHDOG_USEC = "": "Set by systemd: how long it does without a sign of life, microseconds. The proxy gives one when its data-plane threads have all answered.";
+        WATCHDOG_PID = "": "Set by systemd: the process that WATCHDOG_USEC is for.";
         KUBERNETES_SERVICE_HOST = "": "Set by Kubernetes; tells whether the proxy runs in it.";
         XDG_RUNTIME_DIR = "a folder of the user's own among temporary files": "Where processes of one user share the root of the development CA.";
     }
