@@ -17,6 +17,7 @@ use zspire_sys::nft::Redirection;
 use zspire_sys::process::in_netns;
 use zspire_sys::topology::{self, Topology};
 
+use crate::app::Greeter;
 use crate::capture::Recording;
 use crate::host::{Host, Serves};
 use crate::istio::Istio;
@@ -302,6 +303,11 @@ impl Mesh {
     /// The namespace between the nodes.
     pub fn uplink(&self) -> &Netns {
         self.topology.uplink()
+    }
+
+    /// Starts a server outside the nodes, at the uplink's address, that greets its clients.
+    pub fn greet_outside(&self, port: u16) -> Greeter {
+        Greeter::start(self.topology.uplink(), "uplink", port)
     }
 
     /// Records the packets between the first node and the second.

@@ -175,6 +175,12 @@ impl PodPlan {
         Self { started: false, ..self }
     }
 
+    /// The mesh does not know it from the start, and nobody has it served.
+    #[must_use]
+    pub fn not_listed(self) -> Self {
+        Self { listed: false, started: false, ..self }
+    }
+
     /// Nobody has registered it with SPIRE.
     #[must_use]
     pub fn unregistered(self) -> Self {

@@ -8,6 +8,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD as BASE64URL};
 use serde_json::{Value, json};
 use zspire_sys::netns::Netns;
 use zspire_sys::process::in_netns;
@@ -134,7 +136,22 @@ impl Cluster {
     /// Deletes objects at once, as `kubectl delete` names them.
     #[track_caller]
     pub fn delete(&self, what: &[&str]) {
-        self.kubectl(&[&["delete", "--now", "--wait=true"], what].concat());
+        self.kubectl(&[&["delete", "--grace-period=0", "--force", "--timeout=20s"], what].concat());
+    }
+
+    /// A token with other claims, signed by the same key.
+    #[track_caller]
+    pub(super) fn sign_again(&self, token: &str, change: impl FnOnce(&mut Value)) -> String {
+        let (signed, _) = token.rsplit_once('.').expect("a JWT");
+        let (header, claims) = signed.split_once('.').expect("a JWT");
+        let mut claims = serde_json::from_slice(&BASE64URL.decode(claims).expect("a JWT")).expect("a JWT");
+        change(&mut claims);
+        let signed = format!("{header}.{}", BASE64URL.encode(claims.to_string()));
+        let mut openssl = Command::new("openssl");
+        openssl.args(["dgst", "-sha256", "-sign"]).arg(self.folder.join("kubernetes/pki/accounts.key"));
+        let made = feed(&mut openssl, &signed);
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        format!("{signed}.{}", BASE64URL.encode(made.stdout))
     }
 
     /// Objects, as `kubectl get` names them.
@@ -206,8 +223,7 @@ fn api_server(own: &Path, address: Ipv4Addr, programs: &Path) -> Command {
 }
 
 fn kubeconfig(url: &str, authority: &[u8]) -> String {
-    use base64::Engine as _;
-    let authority = base64::engine::general_purpose::STANDARD.encode(authority);
+    let authority = STANDARD.encode(authority);
     json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "test",
         "clusters": [{ "name": "test", "cluster": { "server": url, "certificate-authority-data": authority } }],

@@ -58,6 +58,7 @@ pub struct Istio {
     // First: it ends before what it asks.
     istiod: Istiod,
     cluster: Cluster,
+    plan: Plan,
     folder: PathBuf,
 }
 
@@ -73,13 +74,14 @@ impl Istio {
     ) -> Self {
         let programs = PEERS.folder();
         let cluster = Cluster::start(folder, uplink, &programs);
-        let istio = Self { istiod: Istiod::new(folder, uplink), cluster, folder: folder.into() };
+        let istio = Self { istiod: Istiod::new(folder, uplink), cluster, plan: plan.clone(), folder: folder.into() };
         istio.cluster.apply(&cluster::list(&objects::namespaces()));
         istio.cluster.apply(&cluster::list(&objects::objects(plan)));
         let proxies = nodes
             .iter()
             .map(|(node, address)| objects::status(SYSTEM, &proxy_pod(node), &[IpAddr::from(*address)], true));
-        let applications = pods.iter().map(|pod| objects::status(NAMESPACE, pod.name(), &pod.addresses(), true));
+        let listed = pods.iter().filter(|pod| pod.plan().listed);
+        let applications = listed.map(|pod| objects::status(NAMESPACE, pod.name(), &pod.addresses(), true));
         istio.cluster.apply_status(&cluster::list(&proxies.chain(applications).collect::<Vec<_>>()));
         nodes.iter().for_each(|(node, _)| istio.give_token(node));
         if plan.control_plane_runs {
@@ -135,6 +137,17 @@ impl Istio {
         token.trim().to_owned()
     }
 
+    /// A token as the API server makes them, which was good until a minute ago.
+    #[track_caller]
+    pub fn expired_token(&self, node: &str) -> String {
+        self.cluster.sign_again(&self.make_token(node, "istio-ca"), |claims| {
+            let issued = claims["iat"].as_i64().expect("a token has a time");
+            for (claim, ago) in [("iat", 3600), ("nbf", 3600), ("exp", 60)] {
+                claims[claim] = (issued - ago).into();
+            }
+        })
+    }
+
     /// Replaces the file in which the proxy of a node looks for its token.
     #[track_caller]
     pub fn write_token(&self, node: &str, token: &str) {
@@ -142,6 +155,25 @@ impl Istio {
         fs::write(&new, token)
             .and_then(|()| fs::rename(&new, token_file(&self.folder, node)))
             .expect("the test's own folder");
+    }
+
+    /// Tells the cluster of a pod that runs.
+    #[track_caller]
+    pub fn add(&self, pod: &Pod) {
+        self.add_on(pod, &pod.host().node);
+    }
+
+    /// The same, and it says that the pod is on this node, whatever is true.
+    #[track_caller]
+    pub fn add_on(&self, pod: &Pod, node: &str) {
+        self.cluster.apply(&cluster::list(&objects::pod_objects(&self.plan, pod.plan(), node)));
+        self.set_ready(pod, true);
+    }
+
+    /// Tells it that a pod is no more.
+    #[track_caller]
+    pub fn remove(&self, pod: &Pod) {
+        self.cluster.delete(&["-n", NAMESPACE, "pod", pod.name()]);
     }
 
     /// The kubelet says that a pod is ready, or not.

@@ -22,9 +22,8 @@ pub(super) fn objects(plan: &Plan) -> Vec<Value> {
         all.push(node_object(node));
         all.push(proxy(node));
     }
-    for pod in &plan.pods {
-        all.push(service_account(NAMESPACE, &pod.name));
-        all.push(pod_object(plan, pod));
+    for pod in plan.pods.iter().filter(|pod| pod.listed) {
+        all.extend(pod_objects(plan, pod, &plan.nodes[pod.node]));
     }
     all.extend(plan.services.iter().map(service));
     all
@@ -49,7 +48,12 @@ fn proxy(node: &str) -> Value {
     pod
 }
 
-fn pod_object(plan: &Plan, pod: &PodPlan) -> Value {
+/// A pod on some node, and its service account.
+pub(super) fn pod_objects(plan: &Plan, pod: &PodPlan, node: &str) -> [Value; 2] {
+    [service_account(NAMESPACE, &pod.name), pod_object(plan, pod, node)]
+}
+
+fn pod_object(plan: &Plan, pod: &PodPlan, node: &str) -> Value {
     let mut metadata = json!({ "namespace": NAMESPACE, "name": pod.name, "labels": { "app": pod.name } });
     let services = plan.services.iter().filter(|service| service.endpoints.contains(&pod.name));
     for service in services {
@@ -58,7 +62,7 @@ fn pod_object(plan: &Plan, pod: &PodPlan) -> Value {
     if pod.captured {
         metadata["annotations"] = json!({ "ambient.istio.io/redirection": "enabled" });
     }
-    pod_of(metadata, &plan.nodes[pod.node], &pod.name, &[APPLICATION_PORT])
+    pod_of(metadata, node, &pod.name, &[APPLICATION_PORT])
 }
 
 fn pod_of(metadata: Value, node: &str, account: &str, ports: &[u16]) -> Value {
