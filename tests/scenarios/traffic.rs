@@ -1,7 +1,7 @@
 //! What flows while something happens: a live connection that is looked at, and connections one after the other.
 
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
@@ -18,7 +18,13 @@ pub(crate) struct Live {
 /// Opens a connection and sees that it works.
 #[track_caller]
 pub(crate) fn connect(from: &Pod, to: &Pod, app: &Listener) -> Live {
-    let client = from.open(to.app());
+    connect_to(from, to.app(), app)
+}
+
+/// The same at another port than the application's own.
+#[track_caller]
+pub(crate) fn connect_to(from: &Pod, to: SocketAddr, app: &Listener) -> Live {
+    let client = from.open(to);
     let live = Live { client, served: app.accept() };
     live.goes_on();
     live

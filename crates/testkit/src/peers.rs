@@ -39,6 +39,14 @@ impl Peers {
     }
 }
 
+/// A program that `scripts/install` has put on the PATH, or that was there before.
+#[track_caller]
+pub fn installed(program: &str) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|folder| folder.join(program)).find(|file| file.is_file());
+    found.unwrap_or_else(|| panic!("{program} is not on the PATH: run `scripts/install istio`, or `make test-istio`"))
+}
+
 /// A program of a folder, with nothing of this process's environment.
 pub(crate) fn program(folder: &Path, name: &str) -> Command {
     let mut command = Command::new(folder.join(name));

@@ -6,23 +6,7 @@ use serde_json::{Value, json};
 use zspire_testkit::plan::captured;
 use zspire_testkit::{Mesh, Pod, mesh, uncaptured, until};
 
-use super::{certificate_of, comes_to_be_refused, comes_to_reach, wait_for_state};
-
-/// What the proxy of a pod knows of something, by a field that names it.
-fn known(pod: &Pod, list: &str, field: &str, value: &str) -> Option<Value> {
-    let dump = pod.dump();
-    let mut all = dump[list].as_array().into_iter().flatten();
-    all.find(|it| it[field] == value).cloned()
-}
-
-/// Waits until the proxy of a pod knows something of which this is true.
-#[track_caller]
-fn comes_to_know(pod: &Pod, list: &str, (field, value): (&str, &str), is_it: impl Fn(&Value) -> bool) -> Value {
-    until(&format!("{value} in {list}"), || match known(pod, list, field, value) {
-        Some(it) if is_it(&it) => Ok(it),
-        other => Err(format!("{other:?}")),
-    })
-}
+use super::{certificate_of, comes_to_be_refused, comes_to_know, comes_to_reach, known, wait_for_state};
 
 #[track_caller]
 fn comes_to_forget(pod: &Pod, list: &str, (field, value): (&str, &str)) {

@@ -5,8 +5,10 @@
 mod certificates;
 mod chart;
 mod discovery;
+mod outages;
 mod policy;
 mod traffic;
+mod waypoints;
 
 use std::net::SocketAddr;
 
@@ -45,4 +47,20 @@ fn comes_to_be_refused(pod: &Pod, to: SocketAddr) {
         Err(_) => Ok(()),
     });
     pod.is_refused(to);
+}
+
+/// What the proxy of a pod knows of something, by a field that names it.
+fn known(pod: &Pod, list: &str, field: &str, value: &str) -> Option<Value> {
+    let dump = pod.dump();
+    let mut all = dump[list].as_array().into_iter().flatten();
+    all.find(|it| it[field] == value).cloned()
+}
+
+/// Waits until the proxy of a pod knows something of which this is true.
+#[track_caller]
+fn comes_to_know(pod: &Pod, list: &str, (field, value): (&str, &str), is_it: impl Fn(&Value) -> bool) -> Value {
+    until(&format!("{value} in {list}"), || match known(pod, list, field, value) {
+        Some(it) if is_it(&it) => Ok(it),
+        other => Err(format!("{other:?}")),
+    })
 }

@@ -4,6 +4,7 @@
 //! programs are built by `scripts/peers/build istio`. The test stands in for the kubelet: it says that pods run, and makes the
 //! tokens of proxies.
 
+mod authority;
 mod cluster;
 mod istiod;
 mod objects;
@@ -11,12 +12,15 @@ mod objects;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use zspire_sys::netns::Netns;
 
+pub use authority::Authority;
 pub use cluster::Cluster;
 pub use istiod::Istiod;
 
+use crate::mesh::lock;
 use crate::peers::Peers;
 use crate::plan::{NAMESPACE, Plan};
 use crate::pod::Pod;
@@ -60,6 +64,8 @@ pub struct Istio {
     cluster: Cluster,
     plan: Plan,
     folder: PathBuf,
+    /// The roots that istiod will publish, where a test has said so.
+    roots: Mutex<Option<String>>,
 }
 
 impl Istio {
@@ -74,7 +80,13 @@ impl Istio {
     ) -> Self {
         let programs = PEERS.folder();
         let cluster = Cluster::start(folder, uplink, &programs);
-        let istio = Self { istiod: Istiod::new(folder, uplink), cluster, plan: plan.clone(), folder: folder.into() };
+        let istio = Self {
+            istiod: Istiod::new(folder, uplink),
+            cluster,
+            plan: plan.clone(),
+            folder: folder.into(),
+            roots: Mutex::default(),
+        };
         istio.cluster.apply(&cluster::list(&objects::namespaces()));
         istio.cluster.apply(&cluster::list(&objects::objects(plan)));
         let proxies = nodes
@@ -107,6 +119,19 @@ impl Istio {
         self.deliver_root();
     }
 
+    /// Makes a root with a CA below it, for [`plug_in`](Self::plug_in).
+    #[track_caller]
+    pub fn authority(&self, name: &str) -> Authority {
+        Authority::new(&self.folder, name)
+    }
+
+    /// From its next start on, istiod signs with this CA, and has the mesh trust these roots.
+    #[track_caller]
+    pub fn plug_in(&self, signs: &Authority, trusted: &[&Authority]) {
+        *lock(&self.roots) = Some(trusted.iter().map(|authority| authority.root()).collect());
+        signs.install(&self.folder.join("istiod/etc/cacerts"), trusted);
+    }
+
     /// Writes the root that istiod has published where the proxies look for it, as a kubelet does it.
     #[track_caller]
     pub fn deliver_root(&self) {
@@ -115,6 +140,9 @@ impl Istio {
                 ["-n", SYSTEM, "get", "configmap", "istio-ca-root-cert", "-o", "jsonpath={.data.root-cert\\.pem}"];
             match self.cluster.try_kubectl(&name, "")? {
                 root if root.is_empty() => Err("it is empty".to_owned()),
+                root if lock(&self.roots).as_ref().is_some_and(|roots| *roots != root) => {
+                    Err("it is another".to_owned())
+                }
                 root => Ok(root),
             }
         });

@@ -59,6 +59,9 @@ fn pod_object(plan: &Plan, pod: &PodPlan, node: &str) -> Value {
     for service in services {
         metadata["labels"][label_of(service)] = "yes".into();
     }
+    if pod.native_tunnel {
+        metadata["labels"]["networking.istio.io/tunnel"] = "http".into();
+    }
     if pod.captured {
         metadata["annotations"] = json!({ "ambient.istio.io/redirection": "enabled" });
     }

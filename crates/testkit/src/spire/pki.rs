@@ -3,7 +3,8 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+
+use crate::openssl::certificate;
 
 /// The CA's certificate.
 pub(super) const CA: &str = "nodes-ca.pem";
@@ -49,12 +50,4 @@ pub(super) fn control_plane(folder: &Path) {
 pub(super) fn root(folder: &Path) {
     let files = ["-keyout", UPSTREAM_KEY, "-out", UPSTREAM, "-subj", "/CN=root"];
     certificate(folder, &[&files[..], &["-addext", "keyUsage=critical,keyCertSign,cRLSign"]].concat());
-}
-
-#[track_caller]
-fn certificate(folder: &Path, arguments: &[&str]) {
-    let key = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1"];
-    let output =
-        Command::new("openssl").args(key).args(arguments).current_dir(folder).output().expect("openssl is there");
-    assert!(output.status.success(), "openssl: {}", String::from_utf8_lossy(&output.stderr));
 }
