@@ -16,7 +16,7 @@ fn istiod_that_is_absent_at_the_start_is_waited_for() {
         let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
         let _app = server.greet();
         until("readiness to say what is missing", || match client.readiness() {
-            Err(why) if why.contains("10.10.0.254:15012") || why.contains("root-cert.pem") => Ok(println!("{why}")),
+            Err(why) if why.contains("10.10.0.254:15012") || why.contains("root-cert.pem") => Ok(()),
             other => Err(format!("{other:?}")),
         });
         mesh.istio().start_istiod();
