@@ -178,6 +178,13 @@ impl Mesh {
         self.istio.as_ref().expect("the mesh was asked for with an Istio")
     }
 
+    /// Starts kubelets by which `kubectl` and `istioctl` reach the proxies and istiod; they end with the value.
+    #[track_caller]
+    pub fn start_kubelets(&self) -> Vec<Process> {
+        let nodes: Vec<_> = self.nodes.iter().map(|node| (&*node.name, &node.netns, node.address)).collect();
+        self.istio().start_kubelets((self.topology.uplink(), self.topology.uplink_address()), &nodes)
+    }
+
     /// Whether a proxy serves all pods of its node.
     pub fn is_shared(&self) -> bool {
         lock(&self.plan).mode != Mode::Dedicated

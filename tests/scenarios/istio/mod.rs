@@ -5,6 +5,7 @@
 mod certificates;
 mod chart;
 mod discovery;
+mod istioctl;
 mod outages;
 mod policy;
 mod traffic;

@@ -98,8 +98,12 @@ impl Cluster {
     /// What such a program prints; it has to succeed.
     #[track_caller]
     pub fn run(&self, name: &str, arguments: &[&str]) -> String {
-        let output = feed(&mut self.client(name, arguments), "");
-        said(output).unwrap_or_else(|why| panic!("{name} {arguments:?}: {why}"))
+        self.try_run(name, arguments).unwrap_or_else(|why| panic!("{name} {arguments:?}: {why}"))
+    }
+
+    /// What such a program prints, or what it says when it fails.
+    pub fn try_run(&self, name: &str, arguments: &[&str]) -> Result<String, String> {
+        said(feed(&mut self.client(name, arguments), ""))
     }
 
     /// What `kubectl` prints.

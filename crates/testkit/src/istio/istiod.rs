@@ -73,7 +73,7 @@ impl Istiod {
         command.arg("--kubeconfig").arg(kubeconfig).args([
             "--namespace=istio-system",
             &format!("--clusterID={}", super::CLUSTER),
-            &format!("--secureGRPCAddr={}:{PORT}", self.address),
+            &format!("--secureGRPCAddr=:{PORT}"),
             &format!("--httpAddr=127.0.0.1:{HTTP}"),
             &format!("--monitoringAddr=127.0.0.1:{MONITORING}"),
             "--grpcAddr=127.0.0.1:15010",

@@ -7,6 +7,7 @@
 mod authority;
 mod cluster;
 mod istiod;
+mod kubelet;
 mod objects;
 
 use std::fs;
@@ -24,6 +25,7 @@ use crate::mesh::lock;
 use crate::peers::Peers;
 use crate::plan::{NAMESPACE, Plan};
 use crate::pod::Pod;
+use crate::process::Process;
 use crate::wait::until;
 
 /// Istio's programs, and what they run on, of the versions in `scripts/peers/istio/go.mod`.
@@ -100,6 +102,24 @@ impl Istio {
             istio.start_istiod();
         }
         istio
+    }
+
+    /// Starts kubelets that forward ports, for the nodes and for a machine on which istiod is a pod, and lists the daemon set that
+    /// the proxies are of; they end with the value.
+    #[track_caller]
+    pub(crate) fn start_kubelets(
+        &self,
+        uplink: (&Netns, Ipv4Addr),
+        nodes: &[(&str, &Netns, Ipv4Addr)],
+    ) -> Vec<Process> {
+        self.cluster.apply(&cluster::list(&objects::control_plane()));
+        let all = || nodes.iter().copied().chain([(objects::CONTROL_PLANE, uplink.0, uplink.1)]);
+        let statuses = all().map(|(node, _, address)| kubelet::status(node, address));
+        let istiod = objects::status(SYSTEM, "istiod-0", &[uplink.1.into()], true);
+        self.cluster.apply_status(&cluster::list(&statuses.chain([istiod]).collect::<Vec<_>>()));
+        let programs = PEERS.folder();
+        kubelet::show_address(uplink);
+        all().map(|(node, netns, address)| kubelet::start(node, (netns, address), &self.folder, &programs)).collect()
     }
 
     /// Its API server.
@@ -233,6 +253,7 @@ pub(crate) fn environment(folder: &Path, istiod: SocketAddr, node: &str) -> Vec<
         ("XDS_ROOT_CA", root),
         ("AUTH_TOKEN", token_file(folder, node).display().to_string()),
         ("CLUSTER_ID", CLUSTER.into()),
+        ("ISTIO_META_ISTIO_VERSION", "1.31".into()),
         ("POD_NAME", proxy_pod(node)),
         ("POD_NAMESPACE", SYSTEM.into()),
         ("SERVICE_ACCOUNT", PROXY.into()),

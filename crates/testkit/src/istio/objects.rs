@@ -17,7 +17,7 @@ pub(super) fn namespaces() -> Vec<Value> {
 #[track_caller]
 pub(super) fn objects(plan: &Plan) -> Vec<Value> {
     assert!(plan.policies.is_empty(), "under Istio policies are objects: see Cluster::apply");
-    let mut all = vec![service_account(SYSTEM, PROXY)];
+    let mut all = vec![service_account(SYSTEM, PROXY), service_account(SYSTEM, "default")];
     for node in &plan.nodes {
         all.push(node_object(node));
         all.push(proxy(node));
@@ -46,6 +46,24 @@ fn proxy(node: &str) -> Value {
     pod["spec"]["hostNetwork"] = true.into();
     pod["spec"]["containers"][0]["ports"][0]["hostPort"] = 15020.into();
     pod
+}
+
+/// The machine that istiod is on, where tools want to find it as a pod.
+pub(super) const CONTROL_PLANE: &str = "control-plane";
+
+/// That machine, istiod's pod, and the daemon set of the proxies.
+pub(super) fn control_plane() -> Vec<Value> {
+    let metadata = json!({
+        "namespace": SYSTEM, "name": "istiod-0", "labels": { "app": "istiod", "istio": "pilot", "istio.io/rev": "default" },
+    });
+    let mut istiod = pod_of(metadata, CONTROL_PLANE, "istiod", &[15014]);
+    istiod["spec"]["containers"][0]["name"] = "discovery".into();
+    let labels = json!({ "app": PROXY });
+    let set = json!({ "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": { "namespace": SYSTEM, "name": PROXY }, "spec": {
+        "selector": { "matchLabels": labels },
+        "template": { "metadata": { "labels": labels }, "spec": { "containers": [{ "name": "istio-proxy", "image": "none" }] } },
+    } });
+    vec![node_object(CONTROL_PLANE), service_account(SYSTEM, "istiod"), istiod, set]
 }
 
 /// A pod on some node, and its service account.
