@@ -40,7 +40,7 @@ fn state(pod: &Pod, uid: &str) -> Value {
 
 /// Waits until the view of a pod says so.
 #[track_caller]
-fn wait_for_state(pod: &Pod, uid: &str, expected: &str) -> Value {
+pub(crate) fn wait_for_state(pod: &Pod, uid: &str, expected: &str) -> Value {
     until(&format!("pod {uid} to be {expected}"), || match state(pod, uid) {
         state if state["state"] == expected => Ok(state),
         state => Err(state),

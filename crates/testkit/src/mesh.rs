@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -17,10 +18,10 @@ use zspire_sys::nft::Redirection;
 use zspire_sys::process::in_netns;
 use zspire_sys::topology::{self, Topology};
 
-use crate::app::Greeter;
+use crate::app::{self, Greeter, Greeting};
 use crate::capture::Recording;
 use crate::host::{Host, Serves};
-use crate::istio::Istio;
+use crate::istio::{self, Cni, Istio};
 use crate::plan::{Mode, NAMESPACE, Plan, PodPlan, SERVICE_PORT, Source, proxy_name};
 use crate::pod::Pod;
 use crate::process::Process;
@@ -52,6 +53,7 @@ pub struct Mesh {
     control_plane: Mutex<Option<Process>>,
     enrolling: Mutex<Vec<Process>>,
     spire: Option<Spire>,
+    cni: Vec<Cni>,
     istio: Option<Istio>,
     pods: Vec<Pod>,
     plan: Mutex<Plan>,
@@ -75,7 +77,7 @@ impl Mesh {
             let place = place(&mut nodes[pod.node], pod, counts[pod.node], plan.mode);
             let host = match plan.mode {
                 Mode::Dedicated => Arc::new(pod_host(&plan, pod, &place.netns, &world)),
-                Mode::Shared | Mode::ByHand => hosts[pod.node].clone(),
+                Mode::Shared | Mode::ByHand | Mode::IstioCni => hosts[pod.node].clone(),
             };
             pods.push(Pod::new(pod.clone(), place, &host));
         }
@@ -89,8 +91,12 @@ impl Mesh {
             let nodes: Vec<_> = nodes.iter().map(|node| (node.name.clone(), node.address)).collect();
             Istio::start(&plan, world.folder.path(), uplink, &nodes, &pods)
         });
+        let cni = match (&istio, plan.mode) {
+            (Some(istio), Mode::IstioCni) => istio::cni::machines(istio, world.folder.path(), &nodes, &pods),
+            _ => Vec::new(),
+        };
         let (control_plane, enrolling, plan) = (Mutex::default(), Mutex::default(), Mutex::new(plan));
-        let mesh = Self { control_plane, enrolling, spire, istio, pods, plan, world, hosts, nodes, topology };
+        let mesh = Self { control_plane, enrolling, spire, cni, istio, pods, plan, world, hosts, nodes, topology };
         mesh.edit(|_| {});
         let host = |pod: &Pod| format!("{} {}.test\n", pod.address(), pod.name());
         let hosts: String = mesh.pods.iter().map(host).collect();
@@ -114,6 +120,14 @@ impl Mesh {
         match lock(&self.plan).mode {
             Mode::Dedicated => started().for_each(Pod::start),
             Mode::ByHand => return self.hosts.iter().for_each(|host| host.start()),
+            Mode::IstioCni => {
+                self.hosts.iter().for_each(|host| host.start());
+                started().for_each(|pod| self.cni(&pod.host().name).run_pod(&self.istio().uid(pod), pod));
+                self.cni.iter().for_each(Cni::start);
+                if ready {
+                    started().for_each(|pod| self.istio().wait_for_redirection(pod, Some("enabled")));
+                }
+            }
             Mode::Shared => {
                 for host in &self.hosts {
                     host.start();
@@ -185,6 +199,13 @@ impl Mesh {
         self.istio().start_kubelets((self.topology.uplink(), self.topology.uplink_address()), &nodes)
     }
 
+    /// Istio's node agent on a node.
+    #[track_caller]
+    pub fn cni(&self, node: &str) -> &Cni {
+        let found = self.cni.iter().find(|cni| cni.node() == node);
+        found.unwrap_or_else(|| panic!("the mesh has no node {node} with Istio's agent"))
+    }
+
     /// Whether a proxy serves all pods of its node.
     pub fn is_shared(&self) -> bool {
         lock(&self.plan).mode != Mode::Dedicated
@@ -227,6 +248,11 @@ impl Mesh {
         let served = self.pods.iter().find(|pod| pod.host().name == node).expect("the node has a pod");
         served.wait_until_ready();
         old
+    }
+
+    /// Is greeted by a pod where a node's own processes are, such as its kubelet.
+    pub fn ask_from_node(&self, node: &str, to: SocketAddr) -> io::Result<Greeting> {
+        app::greeting(&app::connect(self.node(node), to)?)
     }
 
     /// A port of a node's own address, where its proxy runs.
@@ -375,7 +401,7 @@ impl Mesh {
         let of_pods = self.pods.iter().filter(|pod| pod.plan().captured).map(Pod::host);
         let hosts: Vec<_> = match lock(&self.plan).mode {
             Mode::Dedicated => of_pods.collect(),
-            Mode::Shared | Mode::ByHand => self.hosts.iter().collect(),
+            Mode::Shared | Mode::ByHand | Mode::IstioCni => self.hosts.iter().collect(),
         };
         for host in hosts {
             let token = until("a join token", || {
@@ -427,6 +453,10 @@ fn node_host(plan: &Plan, place: &topology::Node, node: usize, world: &Arc<World
         let before = environment.insert(name.clone(), value.clone());
         assert!(before.is_none_or(|before| before == *value), "two pods of a node want different values of {name}");
     }
+    if plan.mode == Mode::IstioCni {
+        let socket = istio::cni::zds(world.folder.path(), &plan.nodes[node]).join("ztunnel.sock");
+        environment.insert("INPOD_UDS".into(), socket.display().to_string());
+    }
     if plan.proxies_listed {
         let name = proxy_name(&plan.nodes[node]);
         environment.insert("POD_NAMESPACE".into(), NAMESPACE.into());
@@ -456,7 +486,7 @@ fn place(node: &mut topology::Node, plan: &PodPlan, number: u8, mode: Mode) -> t
         false => node.pod(&plan.name, address),
     };
     let pod = pod.expect("a pod");
-    if plan.captured && mode != Mode::Shared {
+    if plan.captured && matches!(mode, Mode::Dedicated | Mode::ByHand) {
         let applied = pod.netns.run(|| Redirection::default().apply());
         applied.expect("the namespace can be entered").expect("a pod's connections can be redirected");
     }

@@ -49,6 +49,8 @@ pub enum Mode {
     Shared,
     /// One proxy on each node, and the test in the agent's place.
     ByHand,
+    /// One proxy on each node, and Istio's own node agent.
+    IstioCni,
 }
 
 /// What a scenario asks for.
@@ -545,6 +547,12 @@ impl Plan {
     #[must_use]
     pub fn istiod_down(self) -> Self {
         Self { control_plane_runs: false, ..self.istio() }
+    }
+
+    /// The same with Istio's own node agent on each node ([`crate::istio::Cni`]). Pods that are started have a process there.
+    #[must_use]
+    pub fn istio_cni(self) -> Self {
+        Self { mode: Mode::IstioCni, ..self.istio() }
     }
 
     /// The trust domain of a node's pods.

@@ -46,6 +46,17 @@ impl Process {
         self.child.id()
     }
 
+    /// The process that it has started, where it only starts another one.
+    #[track_caller]
+    pub fn child(&self) -> u32 {
+        let id = self.id();
+        until(&format!("{} to start its process", self.name), || {
+            let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
+            let children = children.map_err(|error| error.to_string())?;
+            children.trim().parse().map_err(|_| format!("{children:?}"))
+        })
+    }
+
     /// Everything that it has written.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
@@ -109,6 +120,12 @@ impl Process {
 #[track_caller]
 pub fn kill(id: u32) {
     signal(id, Signal::SIGKILL);
+}
+
+/// Asks a process that is not ours to wait for to end in good order.
+#[track_caller]
+pub fn ask_to_end(id: u32) {
+    signal(id, Signal::SIGTERM);
 }
 
 /// Stops a process where it is.

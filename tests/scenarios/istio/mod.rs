@@ -4,6 +4,7 @@
 
 mod certificates;
 mod chart;
+mod cni;
 mod discovery;
 mod istioctl;
 mod outages;

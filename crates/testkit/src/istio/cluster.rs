@@ -82,6 +82,21 @@ impl Cluster {
         format!("https://{}:{PORT}", self.address)
     }
 
+    /// The same as the variables of pods have it.
+    pub(super) fn service(&self) -> (Ipv4Addr, u16) {
+        (self.address, PORT)
+    }
+
+    /// What its certificate is verified against.
+    pub(super) fn authority(&self) -> PathBuf {
+        self.folder.join("kubernetes/pki/apiserver.crt")
+    }
+
+    /// The folder with Istio's programs and charts.
+    pub(super) fn programs(&self) -> &PathBuf {
+        &self.programs
+    }
+
     /// What its clients are told.
     pub fn kubeconfig(&self) -> PathBuf {
         self.folder.join("kubernetes/kubeconfig")

@@ -6,6 +6,7 @@
 
 mod authority;
 mod cluster;
+pub(crate) mod cni;
 mod istiod;
 mod kubelet;
 mod objects;
@@ -19,11 +20,12 @@ use zspire_sys::netns::Netns;
 
 pub use authority::Authority;
 pub use cluster::Cluster;
+pub use cni::Cni;
 pub use istiod::Istiod;
 
 use crate::mesh::lock;
 use crate::peers::Peers;
-use crate::plan::{NAMESPACE, Plan};
+use crate::plan::{Mode, NAMESPACE, Plan};
 use crate::pod::Pod;
 use crate::process::Process;
 use crate::wait::until;
@@ -94,8 +96,9 @@ impl Istio {
         let proxies = nodes
             .iter()
             .map(|(node, address)| objects::status(SYSTEM, &proxy_pod(node), &[IpAddr::from(*address)], true));
-        let listed = pods.iter().filter(|pod| pod.plan().listed);
-        let applications = listed.map(|pod| objects::status(NAMESPACE, pod.name(), &pod.addresses(), true));
+        let running = |pod: &&Pod| pod.plan().listed && (plan.mode != Mode::IstioCni || pod.plan().started);
+        let applications = pods.iter().filter(running);
+        let applications = applications.map(|pod| objects::status(NAMESPACE, pod.name(), &pod.addresses(), true));
         istio.cluster.apply_status(&cluster::list(&proxies.chain(applications).collect::<Vec<_>>()));
         nodes.iter().for_each(|(node, _)| istio.give_token(node));
         if plan.control_plane_runs {
@@ -222,6 +225,37 @@ impl Istio {
     #[track_caller]
     pub fn remove(&self, pod: &Pod) {
         self.cluster.delete(&["-n", NAMESPACE, "pod", pod.name()]);
+    }
+
+    /// The UID that a pod has now.
+    #[track_caller]
+    pub fn uid(&self, pod: &Pod) -> String {
+        let found = self.cluster.get(&["-n", NAMESPACE, "pod", pod.name()]);
+        found["metadata"]["uid"].as_str().expect("every object has one").to_owned()
+    }
+
+    /// Waits for what the node agent says of a pod's redirection.
+    #[track_caller]
+    pub fn wait_for_redirection(&self, pod: &Pod, state: Option<&str>) {
+        until(&format!("the redirection of {} to be {state:?}", pod.name()), || {
+            let found = self.cluster.get(&["-n", NAMESPACE, "pod", pod.name()]);
+            let now = &found["metadata"]["annotations"]["ambient.istio.io/redirection"];
+            if now.as_str() == state { Ok(()) } else { Err(now.to_string()) }
+        });
+    }
+
+    /// The kubelet says how far a pod has come, such as `Succeeded`.
+    #[track_caller]
+    pub fn set_phase(&self, pod: &Pod, phase: &str) {
+        let mut status = objects::status(NAMESPACE, pod.name(), &pod.addresses(), false);
+        status["status"]["phase"] = phase.into();
+        self.cluster.apply_status(&status.to_string());
+    }
+
+    /// The kubelet says that a pod runs in a new sandbox, and has its addresses.
+    #[track_caller]
+    pub fn set_addresses(&self, pod: &Pod, sandbox: &Pod) {
+        self.cluster.apply_status(&objects::status(NAMESPACE, pod.name(), &sandbox.addresses(), true).to_string());
     }
 
     /// The kubelet says that a pod is ready, or not.

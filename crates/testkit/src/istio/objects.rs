@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use serde_json::{Value, json};
 
 use super::{PROXY, SYSTEM, proxy_pod};
-use crate::plan::{APPLICATION_PORT, NAMESPACE, Plan, PodPlan, ServicePlan};
+use crate::plan::{APPLICATION_PORT, Mode, NAMESPACE, Plan, PodPlan, ServicePlan};
 
 /// The namespaces; the test's is part of the mesh.
 pub(super) fn namespaces() -> Vec<Value> {
@@ -80,7 +80,9 @@ fn pod_object(plan: &Plan, pod: &PodPlan, node: &str) -> Value {
     if pod.native_tunnel {
         metadata["labels"]["networking.istio.io/tunnel"] = "http".into();
     }
-    if pod.captured {
+    if !pod.captured {
+        metadata["labels"]["istio.io/dataplane-mode"] = "none".into();
+    } else if plan.mode != Mode::IstioCni {
         metadata["annotations"] = json!({ "ambient.istio.io/redirection": "enabled" });
     }
     pod_of(metadata, node, &pod.name, &[APPLICATION_PORT])
