@@ -11,7 +11,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::clock::SystemClock;
-use crate::grpc::{AddressError, ConnectError, Roots, Target, Tls, tcp};
+use crate::grpc::{AddressError, ConnectError, Remembered, Roots, Target, Tls, tcp};
 use crate::tls::Policy;
 
 /// Fetches `url`. The answer must be 200 and at most `limit` bytes long, and all of it must be there within `deadline`.
@@ -21,7 +21,14 @@ pub async fn get(url: &str, roots: Roots, limit: usize, deadline: Duration) -> R
         let stream = tcp(&target.host, target.port, None).await?;
         let Some(name) = target.tls else { return exchange(stream, url, limit).await };
         let clock = Arc::new(SystemClock);
-        let tls = Tls { policy: Policy::default(), clock, roots, name, client: None, alpn: b"http/1.1" };
+        let tls = Tls {
+            policy: Policy::default(),
+            clock,
+            roots: Arc::new(Remembered::new(roots)),
+            name,
+            client: None,
+            alpn: b"http/1.1",
+        };
         exchange(tls.handshake(stream).await?, url, limit).await
     };
     tokio::time::timeout(deadline, fetching).await.map_err(|_| Error::Timeout(deadline))?

@@ -1,5 +1,6 @@
 //! istiod is not there, comes back, or signs with another root, while pods talk to each other.
 
+use std::fs;
 use std::time::Instant;
 
 use serde_json::Value;
@@ -100,6 +101,51 @@ fn root_is_rotated_under_load() {
                 live.goes_on();
                 assert_eq!(load.failures(), Vec::<String>::new(), "{trusted:?}");
             }
+        });
+    });
+}
+
+/// The file is what a kubelet makes of a ConfigMap: it may be caught empty, cut off, or with something else in it.
+#[test]
+fn root_file_that_is_broken_is_told_and_the_roots_before_are_kept() {
+    crate::scenario(|| {
+        let names = ["empty", "truncated", "other"];
+        let plan = mesh().istio().node("a").pod("client").pod("server");
+        let mesh = names.into_iter().fold(plan, |plan, name| plan.pod(captured(name).not_listed())).start();
+        let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
+        let _app = server.greet();
+        let istio = mesh.istio();
+        let file = mesh.path("root-cert.pem");
+        let good = fs::read_to_string(&file).unwrap();
+        for name in names {
+            let broken = match name {
+                "empty" => String::new(),
+                "truncated" => good[..good.len() / 2].to_owned(),
+                _ => istio.authority("stranger").root(),
+            };
+            // As a careless writer does it: in place, in two steps.
+            fs::write(&file, "").unwrap();
+            fs::write(&file, broken).unwrap();
+            let pod = mesh.pod(name);
+            istio.add(&pod);
+            if name == "other" {
+                // That is another root, whatever it is good for.
+                wait_for_state(
+                    &client,
+                    &pod.spiffe_id(),
+                    "check that its roots (CA_ROOT_CA, XDS_ROOT_CA) are those of its CA",
+                );
+                fs::write(&file, &good).unwrap();
+            }
+            wait_for_state(&client, &pod.spiffe_id(), "Available");
+            client.reaches(server.app());
+            fs::write(&file, &good).unwrap();
+        }
+        client.proxy(|proxy| {
+            proxy.line("that the file is of no use", |line| {
+                let said = |field: &str| line[field].as_str().unwrap_or_default().to_owned();
+                said("message").contains("keeping the roots") && said("error").contains("root-cert.pem")
+            })
         });
     });
 }

@@ -12,7 +12,7 @@ use rustls::pki_types::ServerName;
 use tokio::net::{TcpSocket, TcpStream};
 
 use super::client_identity::ClientIdentity;
-use super::roots::{self, Roots};
+use super::roots::{self, Remembered};
 use crate::clock::{Clock, TlsTime};
 use crate::tls::{self, Policy, Stream};
 
@@ -26,7 +26,7 @@ pub type ConnectHook = Arc<dyn Fn(BorrowedFd<'_>) -> io::Result<()> + Send + Syn
 pub(crate) struct Tls {
     pub(crate) policy: Policy,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) roots: Roots,
+    pub(crate) roots: Arc<Remembered>,
     pub(crate) name: ServerName<'static>,
     pub(crate) client: Option<Arc<ClientIdentity>>,
     pub(crate) alpn: &'static [u8],

@@ -28,6 +28,7 @@ use tower::{BoxError, Service, ServiceExt as _};
 
 pub use client_identity::ClientIdentity;
 pub use connect::{ConnectHook, Error as ConnectError};
+pub(crate) use roots::Remembered;
 pub use roots::{Error as RootsError, Roots};
 pub use token::{Error as TokenError, TokenSource};
 
@@ -116,7 +117,7 @@ impl Channel {
         let target = Target::parse(&address, alt_hostname.as_deref())?;
         let roots_file = roots.path().filter(|_| target.tls.is_some()).map(|path| Watched::new([path.clone()]));
         let endpoint = endpoint(&address)?;
-        let identities = client.clone();
+        let (identities, roots) = (client.clone(), Arc::new(Remembered::new(roots)));
         let dial = Box::new(move || {
             let (target, hook, roots) = (target.clone(), connect_hook.clone(), roots.clone());
             let (policy, clock, identities) = (policy.clone(), clock.clone(), identities.clone());

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use rustls::RootCertStore;
 use rustls::client::WebPkiServerVerifier;
@@ -45,19 +45,50 @@ impl Roots {
         }
     }
 
-    pub(crate) fn verifier(&self, provider: &Arc<CryptoProvider>) -> Result<Arc<dyn ServerCertVerifier>, Error> {
-        let certificates = match self {
-            Self::Pinned(fingerprint) => {
-                return Ok(Arc::new(Pinned { fingerprint: *fingerprint, provider: provider.clone() }));
-            }
-            Self::System => system()?,
-            Self::Inline(text) => pem::certificates(text.as_bytes()).map_err(Error::Inline)?,
+    fn certificates(&self) -> Result<Vec<CertificateDer<'static>>, Error> {
+        match self {
+            Self::Pinned(_) => Ok(Vec::new()),
+            Self::System => system(),
+            Self::Inline(text) => pem::certificates(text.as_bytes()).map_err(Error::Inline),
             Self::File(path) => {
                 let text = std::fs::read(path).map_err(|source| Error::Read { path: path.clone(), source })?;
-                pem::certificates(&text).map_err(|source| Error::Content { path: path.clone(), source })?
+                pem::certificates(&text).map_err(|source| Error::Content { path: path.clone(), source })
             }
-        };
-        store(certificates, provider)
+        }
+    }
+}
+
+/// Roots, and what they were when they could last be read.
+///
+/// A file that is caught empty, cut off or missing while somebody replaces it says nothing against the roots that it had before.
+#[derive(Debug)]
+pub(crate) struct Remembered {
+    from: Roots,
+    last: Mutex<Option<Arc<RootCertStore>>>,
+}
+
+impl Remembered {
+    pub(crate) fn new(from: Roots) -> Self {
+        Self { from, last: Mutex::default() }
+    }
+
+    /// What checks a server against the roots as they are now, or against those before if they cannot be read.
+    pub(crate) fn verifier(&self, provider: &Arc<CryptoProvider>) -> Result<Arc<dyn ServerCertVerifier>, Error> {
+        if let Roots::Pinned(fingerprint) = &self.from {
+            return Ok(Arc::new(Pinned { fingerprint: *fingerprint, provider: provider.clone() }));
+        }
+        let read = self.from.certificates().and_then(store);
+        let mut last = self.last.lock().expect("nothing panics while holding it");
+        match (read, &*last) {
+            (Ok(roots), _) => *last = Some(roots),
+            (Err(error), Some(_)) => {
+                let why = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+                tracing::warn!(%error, why, "keeping the roots of the control plane as they were");
+            }
+            (Err(error), None) => return Err(error),
+        }
+        let roots = last.clone().ok_or(Error::Unusable)?;
+        verifier(roots, provider)
     }
 }
 
@@ -70,19 +101,18 @@ fn system() -> Result<Vec<CertificateDer<'static>>, Error> {
     Ok(found.certs)
 }
 
-fn store(
-    certificates: Vec<CertificateDer<'static>>,
-    provider: &Arc<CryptoProvider>,
-) -> Result<Arc<dyn ServerCertVerifier>, Error> {
+fn store(certificates: Vec<CertificateDer<'static>>) -> Result<Arc<RootCertStore>, Error> {
     let mut roots = RootCertStore::empty();
     let (usable, _) = roots.add_parsable_certificates(certificates);
     if usable == 0 {
         return Err(Error::Unusable);
     }
-    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
-        .build()
-        .map_err(|_| Error::Unusable)?;
-    Ok(verifier)
+    Ok(Arc::new(roots))
+}
+
+fn verifier(roots: Arc<RootCertStore>, provider: &Arc<CryptoProvider>) -> Result<Arc<dyn ServerCertVerifier>, Error> {
+    let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider.clone());
+    Ok(verifier.build().map_err(|_| Error::Unusable)?)
 }
 
 /// Trusts the one root with this fingerprint, which the server sends with its chain.
@@ -105,7 +135,8 @@ impl ServerCertVerifier for Pinned {
             let why = Error::WrongRoot;
             rustls::CertificateError::Other(rustls::OtherError(Arc::new(why)))
         })?;
-        let verifier = store(vec![root.clone().into_owned()], &self.provider)
+        let verifier = store(vec![root.clone().into_owned()])
+            .and_then(|roots| verifier(roots, &self.provider))
             .map_err(|e| rustls::CertificateError::Other(rustls::OtherError(Arc::new(e))))?;
         verifier.verify_server_cert(leaf, intermediates, name, ocsp, now)
     }

@@ -248,6 +248,54 @@ async fn versions_that_do_not_fit_a_request_are_not_sent_and_all_is_discovered_a
 }
 
 #[tokio::test]
+async fn a_stream_that_ends_after_each_answer_brings_what_it_says_and_no_more() {
+    let mut fake = Fake::new().await;
+    let mut client = Running::of(fake.served.address);
+    let answers = [
+        response(ADDRESS_TYPE, "1", vec![wire(&first(), "f1")], &[]),
+        response(AUTHORIZATION_TYPE, "1", vec![wire(&policy("p"), "")], &[]),
+        response(ADDRESS_TYPE, "2", vec![wire(&second(), "f2")], &[]),
+    ];
+    for answer in answers {
+        let mut stream = fake.stream().await;
+        stream.opening().await;
+        stream.exchange(answer).await;
+        stream.fail(Status::unavailable("and again")).await;
+    }
+    let world = client.until("it is applied", |world| world.resources.len() == 3).await;
+    assert_eq!(world.names(), ["p a/p", "w c//Pod/a/1", "w c//Pod/a/2"]);
+    // Only both types on one stream are known to be the mesh of one moment.
+    assert_eq!(world.synced, 0);
+    let mut stream = fake.stream().await;
+    stream.opening().await;
+    stream.exchange(response(ADDRESS_TYPE, "3", vec![], &[])).await;
+    stream.exchange(response(AUTHORIZATION_TYPE, "3", vec![wire(&policy("p"), "")], &[])).await;
+    let world = client.until("it is synced", |world| world.synced == 1).await;
+    assert_eq!(world.resources.len(), 3);
+}
+
+/// The limit is 200 MiB, as that of ztunnel; here it is less.
+#[tokio::test]
+async fn an_answer_beyond_the_limit_is_told_and_what_is_known_stays() {
+    let mut fake = Fake::new().await;
+    let mut config = config();
+    assert_eq!(config.max_message, 200 << 20);
+    config.max_message = 64 << 10;
+    let mut client = Running::new(config, crate::support::channel(fake.served.address));
+    known(&mut fake, &mut client).await;
+    let mut stream = fake.stream().await;
+    stream.opening().await;
+    let many = (0..1000)
+        .map(|n| wire(&put_workload(&format!("c//Pod/a/many-{n}"), &format!("10.1.{}.{}", n / 250, n % 250)), "1"));
+    stream.send(response(ADDRESS_TYPE, "1", many.collect(), &[])).await;
+    let told = |world: &crate::support::World| {
+        world.states.iter().any(|it| matches!(it, client::Status::Connecting { last_error: Some(why), .. } if why.contains("message length too large")))
+    };
+    let world = client.until("it is told", told).await;
+    assert_eq!(world.names(), ["p a/p", "p a/q", "w c//Pod/a/1", "w c//Pod/a/2"]);
+}
+
+#[tokio::test]
 async fn it_ends_with_its_shutdown() {
     let mut fake = Fake::new().await;
     let mut client = Running::of(fake.served.address);
