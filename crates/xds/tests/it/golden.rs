@@ -9,7 +9,7 @@ use zspire_wire::discovery::DeltaDiscoveryResponse;
 use zspire_xds::codec::{Decoder, encode};
 use zspire_xds::{Kind, Resource};
 
-fn recordings() -> Vec<(String, DeltaDiscoveryResponse)> {
+pub(crate) fn recordings() -> Vec<(String, DeltaDiscoveryResponse)> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/istiod");
     let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();

@@ -5,6 +5,7 @@
 mod codec;
 mod discovery;
 mod fake;
+mod fields;
 mod file;
 mod golden;
 mod on_demand;
