@@ -37,13 +37,15 @@ soak: ## the long forms of two tests: 100 handovers under load, pods that come a
 	cargo build --locked -p zspire
 	ZSPIRE_SOAK_HANDOVERS=100 ZSPIRE_SOAK_CHURN=120 cargo nextest run --locked -p zspire-scenarios --profile soak handover $(ARGS)
 
-check: ## formatting, lints, licences and sources of dependencies, the crate graph, generated documents
+check: ## formatting, lints, licences and sources of dependencies, the crate graph, generated documents, units, the image
 	@scripts/install check
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	cargo deny --log-level error check bans licenses sources
 	scripts/check-crate-graph
 	scripts/check-docs
+	scripts/check-units
+	scripts/check-image
 
 bench: ## measure speed and memory beside Envoy, interleaved, and print the tables
 	@scripts/install bench

@@ -3,7 +3,10 @@
 use std::process::Command;
 
 fn main() {
-    let revision = git(&["rev-parse", "HEAD"]).unwrap_or_else(|| "unknown".to_owned());
+    // Where there is no repository, in an image's build, whoever builds it says which revision it is.
+    println!("cargo:rerun-if-env-changed=ZSPIRE_REVISION");
+    let given = std::env::var("ZSPIRE_REVISION").ok().filter(|revision| !revision.is_empty());
+    let revision = given.or_else(|| git(&["rev-parse", "HEAD"])).unwrap_or_else(|| "unknown".to_owned());
     let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
     let rustc = Command::new(rustc)
         .arg("--version")
