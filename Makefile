@@ -4,7 +4,7 @@ SHELL := /bin/bash
 CACHE := $(or $(ZSPIRE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/zspire)
 export PATH := $(PATH):/usr/sbin:/sbin:$(CACHE)/tools-1/bin
 
-.PHONY: help demo test test-spire test-istio test-peers soak check bench fuzz docs clean
+.PHONY: help demo test test-spire test-istio test-peers soak check bench profile fuzz docs clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,11 @@ bench: ## measure speed and memory beside Envoy, interleaved, and print the tabl
 	@scripts/install bench
 	cargo build --quiet --release --locked -p zspire -p zspire-testkit
 	bench/run $(ARGS)
+
+profile: ## print where the time goes in each kind of work of `make bench`, by perf
+	@scripts/install profile
+	cargo build --quiet --release --locked -p zspire -p zspire-testkit
+	bench/run --profile $(ARGS)
 
 fuzz: ## feed random input to each parser of what others send, a minute each (SECONDS_EACH=60)
 	@scripts/install fuzz

@@ -7,8 +7,9 @@ proxies from /proc; it is the figure to trust.
 
     --rounds N    rounds of each measurement (3)
     --seconds N   length of each sample (3)
-    --only A,B    of: traffic, inpod, services, push, memory, start, workloads, ca, spire
-    --work TEXT   only the kinds of work of traffic and inpod that have this in their name
+    --only A,B    of: traffic, inpod, frames, fairness, policies, services, push, memory, start, workloads, ca, spire
+    --work TEXT   only the kinds of work of traffic, inpod and frames that have this in their name
+    --profile     nothing of that, but where the time goes in each kind of work
     --json FILE   the figures as JSON as well
 """
 
@@ -17,10 +18,7 @@ import json
 import os
 import re
 import resource
-import selectors
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,128 +27,11 @@ import time
 from pathlib import Path
 
 import envoy
+import fairness
+import policies
+import profiling
 import report
-
-ROOT = Path(__file__).resolve().parent.parent
-ZSPIRE = ROOT / "target/release/zspire"
-CLIENT, SERVER = "10.99.0.1", "10.99.0.2"
-APP, BULK = 8080, 5201
-MARK = "0x539"
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def sh(*command, check=True, **kw):
-    done = subprocess.run(command, capture_output=True, text=True, **kw)
-    if check and done.returncode:
-        raise SystemExit(f"bench: {' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
-
-
-def inside(namespace, *command):
-    return ["ip", "netns", "exec", namespace, *map(str, command)]
-
-
-def wait_for(what, ready, seconds=20, log=None):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if ready():
-            return
-        time.sleep(0.02)
-    said = f"; it said:\n{Path(log).read_text()[-1500:]}" if log else ""
-    raise SystemExit(f"bench: {what}: not ready after {seconds} s{said}")
-
-
-def get(namespace, port, path):
-    """GET on loopback of a namespace; None when nobody answers 200."""
-    done = subprocess.run(
-        inside(namespace, "curl", "-sf", "-m", "5", f"http://127.0.0.1:{port}{path}"), capture_output=True, text=True
-    )
-    return done.stdout if done.returncode == 0 else None
-
-
-class Process:
-    """A program in a namespace, ended with the benchmark."""
-
-    def __init__(self, namespace, command, env=None, log=None):
-        out = open(log, "wb") if log else subprocess.DEVNULL
-        self.popen = subprocess.Popen(
-            inside(namespace, *command), env={**os.environ, **(env or {})}, stdout=out, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        )
-        self.pid = self.popen.pid
-
-    def cpu(self):
-        """User and system seconds so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
-
-    def memory(self):
-        """Resident KiB now and at its highest."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return tuple(int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "VmHWM"))
-
-    def alive(self):
-        return self.popen.poll() is None
-
-    def stop(self):
-        if self.alive():
-            self.popen.send_signal(signal.SIGKILL)
-        self.popen.wait()
-
-
-class Network:
-    """The two namespaces, and which program's redirection rules are in force."""
-
-    def __init__(self):
-        # Names of namespaces live on a file system of our own.
-        Path("/run/netns").mkdir(parents=True, exist_ok=True)
-        sh("mount", "-t", "tmpfs", "tmpfs", "/run/netns")
-        for name in ("client", "server"):
-            sh("ip", "netns", "add", name)
-            sh(*inside(name, "ip", "link", "set", "lo", "up"))
-            settings = {
-                "net.ipv4.ip_local_port_range": "1024 65535", "net.ipv4.tcp_tw_reuse": "1",
-                "net.ipv4.conf.all.route_localnet": "1", "net.core.somaxconn": "4096",
-            }
-            for key, value in settings.items():
-                path = "/proc/sys/" + key.replace(".", "/")
-                sh(*inside(name, "sh", "-c", f"echo '{value}' > {path} || true"))
-        sh("ip", "link", "add", "veth0", "netns", "client", "type", "veth", "peer", "name", "veth0", "netns", "server")
-        for name, address in (("client", CLIENT), ("server", SERVER)):
-            sh(*inside(name, "ip", "addr", "add", f"{address}/24", "dev", "veth0"))
-            sh(*inside(name, "ip", "link", "set", "veth0", "up"))
-            sh(*inside(name, "ip", "rule", "add", "fwmark", "0x111/0xfff", "pref", "32764", "lookup", "100"))
-            sh(*inside(name, "ip", "route", "add", "local", "0.0.0.0/0", "dev", "lo", "table", "100"))
-
-    def rules(self, outbound=None, inbound=None):
-        """Redirects captured connections to these ports; none: no rules."""
-        for name in ("client", "server"):
-            script = "table inet bench {}\ndelete table inet bench\n"
-            if outbound:
-                script += f"""
-table inet bench {{
-  chain mangle_pre {{
-    type filter hook prerouting priority -150
-    meta mark & 0xfff == {MARK} ct mark set 0x111
-  }}
-  chain mangle_out {{
-    type route hook output priority -150
-    ct mark & 0xfff == 0x111 meta mark set ct mark
-  }}
-  chain nat_pre {{
-    type nat hook prerouting priority -100
-    ip daddr != 127.0.0.1 tcp dport != {{ 15008, 16008 }} meta mark & 0xfff != {MARK} redirect to :{inbound or 15006}
-  }}
-  chain nat_out {{
-    type nat hook output priority -100
-    meta l4proto tcp meta mark & 0xfff == 0x111 accept
-    ip daddr != 127.0.0.1 oifname "lo" accept
-    ip daddr != 127.0.0.1 meta l4proto tcp meta mark & 0xfff != {MARK} redirect to :{outbound}
-  }}
-}}"""
-            if outbound and not inbound and name == "server":
-                script = "table inet bench {}\ndelete table inet bench\n"
-            sh(*inside(name, "nft", "-f", "-"), input=script)
+from lab import APP, BULK, CLIENT, ROOT, SERVER, ZSPIRE, Network, Process, get, inside, sh, wait_for
 
 
 def zspire_env(run, side, mesh):
@@ -176,9 +57,9 @@ policies:
     return path
 
 
-def start_zspire(run, side, mesh):
+def start_zspire(run, side, mesh, **more):
     log = run / f"zspire-{side}.log"
-    process = Process(side, [ZSPIRE, "proxy"], zspire_env(run, side, mesh), log)
+    process = Process(side, [ZSPIRE, "proxy"], {**zspire_env(run, side, mesh), **more}, log)
     wait_for(f"zspire {side}", lambda: get(side, 15021, "/healthz/ready") is not None, log=log)
     return process
 
@@ -495,12 +376,14 @@ def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=int, default=3)
-    options.add_argument("--only", default="traffic,inpod,services,push,memory,start,workloads,ca,spire")
+    everything = "traffic,inpod,frames,fairness,policies,services,push,memory,start,workloads,ca,spire"
+    options.add_argument("--only", default=everything)
+    options.add_argument("--profile", action="store_true")
     options.add_argument("--work", default="")
     options.add_argument("--idle", type=int, default=10_000, help="idle connections to hold")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
-    only = set(args.only.split(","))
+    only = {"profile"} if args.profile else set(args.only.split(","))
     work = [kind for kind in WORK if args.work in kind[0]]
     if not work:
         raise SystemExit(f"bench: no kind of work has {args.work!r} in its name: {', '.join(kind[0] for kind in WORK)}")
@@ -525,25 +408,45 @@ def main():
             figures["ca"] = certificates(run, args.seconds)
         if "spire" in only:
             figures["spire"] = subscriptions()
-        if only & {"services"}:
+        if only & {"services", "policies"}:
             apps = start_apps(run)
-            figures["services"] = many_services(run, network, args.rounds, args.seconds)
+            if "services" in only:
+                figures["services"] = many_services(run, network, args.rounds, args.seconds)
+            if "policies" in only:
+                figures["policies"] = policies.many(
+                    run, network, start_zspire, lambda s: requests(16, s, close=True), args.rounds, args.seconds)
             for process in apps:
                 process.stop()
             shutil.rmtree(run / "nginx")
-        if only & {"traffic", "memory", "inpod", "push"}:
+        if only & {"traffic", "memory", "inpod", "push", "frames", "fairness", "profile"}:
             processes += start_apps(run)
             zspire = [start_zspire(run, side, mesh) for side in ("client", "server")]
             processes += zspire
             envoys = envoy.start(run, Process, wait_for, get, CLIENT, SERVER, APP, BULK)
             processes += envoys
             programs = {"direct": (None, None, []), "zspire": (15001, 15006, zspire), "envoy": (16001, None, envoys)}
+            if "profile" in only:
+                network.rules(15001, 15006)
+                for name, _, work_of in work:
+                    profiling.show(name, profiling.record(run, [p.pid for p in zspire], work_of, args.seconds))
+                network.rules()
+                return
             if "memory" in only:
                 figures["memory"] = idle_connections(network, programs, args.idle)
             if "traffic" in only:
                 figures["traffic"] = traffic(network, programs, args.rounds, args.seconds, work)
+            if "fairness" in only:
+                figures["fairness"] = fairness.beside_bulk(run, network, programs, 2 * args.seconds)
             if "push" in only:
                 figures["push"] = push(run, network, mesh)
+            if "frames" in only:
+                # The server takes frames of 16 KiB, the least that HTTP/2 allows and what Envoy asks for.
+                zspire[1].stop()
+                limited = start_zspire(run, "server", mesh, HTTP2_FRAME_SIZE="16384")
+                processes.append(limited)
+                programs = {"zspire": (15001, 15006, [zspire[0], limited]), "envoy": (16001, None, envoys)}
+                figures["frames"] = traffic(network, programs, args.rounds, args.seconds, work)
+                limited.stop()
             if "inpod" in only:
                 for process in zspire:
                     process.stop()

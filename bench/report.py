@@ -76,7 +76,9 @@ def show(figures, work):
         print("\r\033[K", end="", file=sys.stderr)
     kernel, cores = os.uname().release, os.cpu_count()
     print(f"\nLinux {kernel}, {cores} cores. Medians of interleaved rounds; CPU is of both proxies together.\n")
-    for key, title in (("traffic", "A proxy in each pod"), ("inpod", "One proxy for both pods (in-pod mode)")):
+    titles = (("traffic", "A proxy in each pod"), ("frames", "A proxy in each pod, the server's limited to frames of 16 KiB"),
+              ("inpod", "One proxy for both pods (in-pod mode)"))
+    for key, title in titles:
         if key not in figures:
             continue
         print(f"{title}\n")
@@ -101,6 +103,17 @@ def show(figures, work):
                         + [" / ".join(f"{k:.1f}" for k in m["per_connection"])])
         table(["RSS, client / server", "at start, MiB", f"{figures['idle']} idle connections", "after they closed",
                "KiB a connection"], rows)
+    if "fairness" in figures:
+        rows = []
+        for program, f in figures["fairness"].items():
+            alone, beside = f["alone"], f["beside"]
+            rows.append([program, *(f"{part[key]:.0f}" for key in ("p50", "p99") for part in (alone, beside)),
+                         f"{beside['p99'] / alone['p99']:.1f}"])
+        table(["500 requests a second", "p50 µs alone", "beside bulk", "p99 µs alone", "beside bulk", "ratio"], rows)
+    if "policies" in figures:
+        least = next(iter(figures["policies"].values()))
+        rows = [[name, f"{cpu:.2f}", f"{cpu / least:.2f}"] for name, cpu in figures["policies"].items()]
+        table(["policies, new connections", "CPU-s/100k", "ratio"], rows)
     if "services" in figures:
         few, many = figures["services"].values()
         rows = [[name, f"{cpu:.2f}"] for name, cpu in figures["services"].items()] + [["ratio", f"{many / few:.2f}"]]

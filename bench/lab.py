@@ -1,0 +1,129 @@
+"""Where measurements are made: two namespaces, the programs in them, and how one is asked something."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ZSPIRE = ROOT / "target/release/zspire"
+CLIENT, SERVER = "10.99.0.1", "10.99.0.2"
+APP, BULK = 8080, 5201
+MARK = "0x539"
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def sh(*command, check=True, **kw):
+    done = subprocess.run(command, capture_output=True, text=True, **kw)
+    if check and done.returncode:
+        raise SystemExit(f"bench: {' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def inside(namespace, *command):
+    return ["ip", "netns", "exec", namespace, *map(str, command)]
+
+
+def wait_for(what, ready, seconds=20, log=None):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if ready():
+            return
+        time.sleep(0.02)
+    said = f"; it said:\n{Path(log).read_text()[-1500:]}" if log else ""
+    raise SystemExit(f"bench: {what}: not ready after {seconds} s{said}")
+
+
+def get(namespace, port, path):
+    """GET on loopback of a namespace; None when nobody answers 200."""
+    done = subprocess.run(
+        inside(namespace, "curl", "-sf", "-m", "5", f"http://127.0.0.1:{port}{path}"), capture_output=True, text=True
+    )
+    return done.stdout if done.returncode == 0 else None
+
+
+class Process:
+    """A program in a namespace, ended with the benchmark."""
+
+    def __init__(self, namespace, command, env=None, log=None):
+        out = open(log, "wb") if log else subprocess.DEVNULL
+        self.popen = subprocess.Popen(
+            inside(namespace, *command), env={**os.environ, **(env or {})}, stdout=out, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+        self.pid = self.popen.pid
+
+    def cpu(self):
+        """User and system seconds so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def memory(self):
+        """Resident KiB now and at its highest."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return tuple(int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "VmHWM"))
+
+    def alive(self):
+        return self.popen.poll() is None
+
+    def stop(self):
+        if self.alive():
+            self.popen.send_signal(signal.SIGKILL)
+        self.popen.wait()
+
+
+class Network:
+    """The two namespaces, and which program's redirection rules are in force."""
+
+    def __init__(self):
+        # Names of namespaces live on a file system of our own.
+        Path("/run/netns").mkdir(parents=True, exist_ok=True)
+        sh("mount", "-t", "tmpfs", "tmpfs", "/run/netns")
+        for name in ("client", "server"):
+            sh("ip", "netns", "add", name)
+            sh(*inside(name, "ip", "link", "set", "lo", "up"))
+            settings = {
+                "net.ipv4.ip_local_port_range": "1024 65535", "net.ipv4.tcp_tw_reuse": "1",
+                "net.ipv4.conf.all.route_localnet": "1", "net.core.somaxconn": "4096",
+            }
+            for key, value in settings.items():
+                path = "/proc/sys/" + key.replace(".", "/")
+                sh(*inside(name, "sh", "-c", f"echo '{value}' > {path} || true"))
+        sh("ip", "link", "add", "veth0", "netns", "client", "type", "veth", "peer", "name", "veth0", "netns", "server")
+        for name, address in (("client", CLIENT), ("server", SERVER)):
+            sh(*inside(name, "ip", "addr", "add", f"{address}/24", "dev", "veth0"))
+            sh(*inside(name, "ip", "link", "set", "veth0", "up"))
+            sh(*inside(name, "ip", "rule", "add", "fwmark", "0x111/0xfff", "pref", "32764", "lookup", "100"))
+            sh(*inside(name, "ip", "route", "add", "local", "0.0.0.0/0", "dev", "lo", "table", "100"))
+
+    def rules(self, outbound=None, inbound=None):
+        """Redirects captured connections to these ports; none: no rules."""
+        for name in ("client", "server"):
+            script = "table inet bench {}\ndelete table inet bench\n"
+            if outbound:
+                script += f"""
+table inet bench {{
+  chain mangle_pre {{
+    type filter hook prerouting priority -150
+    meta mark & 0xfff == {MARK} ct mark set 0x111
+  }}
+  chain mangle_out {{
+    type route hook output priority -150
+    ct mark & 0xfff == 0x111 meta mark set ct mark
+  }}
+  chain nat_pre {{
+    type nat hook prerouting priority -100
+    ip daddr != 127.0.0.1 tcp dport != {{ 15008, 16008 }} meta mark & 0xfff != {MARK} redirect to :{inbound or 15006}
+  }}
+  chain nat_out {{
+    type nat hook output priority -100
+    meta l4proto tcp meta mark & 0xfff == 0x111 accept
+    ip daddr != 127.0.0.1 oifname "lo" accept
+    ip daddr != 127.0.0.1 meta l4proto tcp meta mark & 0xfff != {MARK} redirect to :{outbound}
+  }}
+}}"""
+            if outbound and not inbound and name == "server":
+                script = "table inet bench {}\ndelete table inet bench\n"
+            sh(*inside(name, "nft", "-f", "-"), input=script)
