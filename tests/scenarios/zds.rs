@@ -3,7 +3,8 @@
 use std::os::fd::AsFd as _;
 
 use serde_json::Value;
-use zspire_testkit::zds::{Agent, Connected, add};
+use zspire_testkit::process::{pause, resume};
+use zspire_testkit::zds::{Agent, Connected, add, del};
 use zspire_testkit::{Mesh, Pod, ending, hear, mesh, say, uncaptured, until};
 
 use crate::scenario;
@@ -236,6 +237,27 @@ fn a_pod_that_is_deleted_keeps_its_live_connections_and_gets_no_new_ones() {
         drop(served);
         assert_eq!(ending(&asking), zspire_testkit::Ending::Orderly);
         client.metric(&["workload_manager_proxies_stopped_total 1"]);
+    });
+}
+
+#[test]
+fn an_answer_for_which_the_agent_no_longer_waits_is_not_sent() {
+    scenario(|| {
+        let (mesh, _agent, proxy) = two_pods();
+        let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+        hand_over(&mesh, &proxy);
+        client.wait_until_ready();
+        // It is too slow: the agent asks for the next thing. Istio's takes the first answer for that one's.
+        let id = client.proxy(|proxy| proxy.id());
+        pause(id);
+        proxy.ask_in_vain(&add("without-a-namespace", "client"));
+        proxy.ask_in_vain(&del("never"));
+        resume(id);
+        assert_eq!(proxy.answer(), "", "the deletion's");
+        assert!(proxy.keep("client").contains("snapshot"), "one answer for one question again");
+        assert!(proxy.is_silent());
+        let _app = server.greet();
+        client.reaches(server.app());
     });
 }
 

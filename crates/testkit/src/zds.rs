@@ -66,7 +66,7 @@ impl Connected {
     /// Deletes a pod.
     #[track_caller]
     pub fn del(&self, uid: &str) -> String {
-        self.ask(&Payload::Del(DelWorkload { uid: uid.into() }), &[])
+        self.ask(&del(uid), &[])
     }
 
     /// Keeps a pod.
@@ -87,14 +87,28 @@ impl Connected {
         self.ask_raw(&WorkloadRequest { payload: Some(payload.clone()) }.encode_to_vec(), descriptors)
     }
 
+    /// Asks without waiting for the answer.
+    #[track_caller]
+    pub fn ask_in_vain(&self, payload: &Payload) {
+        let message = WorkloadRequest { payload: Some(payload.clone()) }.encode_to_vec();
+        self.0.send(&message, &[]).expect("the proxy's queue has room");
+    }
+
     /// The same with any bytes.
     #[track_caller]
     pub fn ask_raw(&self, message: &[u8], descriptors: &[BorrowedFd<'_>]) -> String {
         self.0.send(message, descriptors).expect("the proxy reads");
         let asked = std::time::Instant::now();
-        let answer = WorkloadResponse::decode(&self.receive()[..]).expect("an answer");
+        let error = self.answer();
         let took = asked.elapsed();
         assert!(took < Duration::from_secs(2), "answered after {took:?}");
+        error
+    }
+
+    /// Waits for an answer: the error, or none.
+    #[track_caller]
+    pub fn answer(&self) -> String {
+        let answer = WorkloadResponse::decode(&self.receive()[..]).expect("an answer");
         let Some(workload_response::Payload::Ack(ack)) = answer.payload else { panic!("not an ack") };
         ack.error
     }
@@ -108,6 +122,11 @@ impl Connected {
     pub fn is_silent(&self) -> bool {
         self.0.recv(ANSWER).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
     }
+}
+
+/// A deletion.
+pub fn del(uid: &str) -> Payload {
+    Payload::Del(DelWorkload { uid: uid.into() })
 }
 
 /// An add of a pod of the mesh's namespace, with the service account that has its name.

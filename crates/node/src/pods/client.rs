@@ -108,15 +108,18 @@ impl<L: Launcher> Client<L> {
         send(&socket, &zds::hello()).await?;
         tracing::info!(agent = %self.path.display(), "connected to the node agent");
         self.pods.begin_snapshot();
-        let mut whole = false;
+        let (mut whole, mut next) = (false, None);
         loop {
-            let packet = tokio::select! {
-                packet = receive(&socket) => packet?,
-                () = due(self.pods.next_retry()) => {
-                    self.pods.retry(Instant::now());
-                    self.changed(whole);
-                    continue;
-                }
+            let packet = match next.take() {
+                Some(packet) => Some(packet),
+                None => tokio::select! {
+                    packet = receive(&socket) => packet?,
+                    () = due(self.pods.next_retry()) => {
+                        self.pods.retry(Instant::now());
+                        self.changed(whole);
+                        continue;
+                    }
+                },
             };
             let Some(packet) = packet else { return Ok(()) };
             let handled = zds::handle(&mut self.pods, packet, launcher::inode, Instant::now());
@@ -126,7 +129,13 @@ impl<L: Launcher> Client<L> {
             }
             // Before the answer: whoever hears of it sees it done.
             self.changed(whole);
-            send(&socket, &handled.answer).await?;
+            // The agent asks when it has its answer, or has given up waiting for it. In that case it would take this answer for
+            // that of its next question.
+            next = waiting(&socket)?;
+            match next {
+                None => send(&socket, &handled.answer).await?,
+                Some(_) => tracing::warn!("the node agent has asked again before it was answered"),
+            }
         }
     }
 
@@ -187,7 +196,19 @@ async fn due(at: Option<Instant>) {
 
 /// The next message; none at the end. One that is too long, or has too many descriptors, is a message as well: it is answered.
 async fn receive(socket: &AsyncFd<SeqPacket>) -> io::Result<Option<Packet>> {
-    match socket.async_io(Interest::READABLE, |socket| socket.recv(zds::MAX_MESSAGE)).await {
+    packet(socket.async_io(Interest::READABLE, |socket| socket.recv(zds::MAX_MESSAGE)).await)
+}
+
+/// A message that is there already.
+fn waiting(socket: &AsyncFd<SeqPacket>) -> io::Result<Option<Packet>> {
+    match socket.get_ref().recv(zds::MAX_MESSAGE) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        received => packet(received),
+    }
+}
+
+fn packet(received: io::Result<Received>) -> io::Result<Option<Packet>> {
+    match received {
         Ok(Received { bytes, fds }) if bytes.is_empty() && fds.is_empty() => Ok(None),
         Ok(Received { bytes, fds }) => Ok(Some(Packet { message: bytes, descriptors: fds, truncated: false })),
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {
