@@ -13,6 +13,7 @@ pub mod app;
 pub mod capture;
 pub mod discovery;
 pub mod fake_agent;
+pub mod flows;
 pub mod gateway;
 mod host;
 pub mod http;

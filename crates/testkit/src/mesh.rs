@@ -255,6 +255,14 @@ impl Mesh {
         app::greeting(&app::connect(self.node(node), to)?)
     }
 
+    /// A command of the node itself.
+    #[track_caller]
+    pub fn node_command(&self, node: &str, program: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        self.world.surroundings(command.args(arguments));
+        in_netns(self.node(node), command)
+    }
+
     /// A port of a node's own address, where its proxy runs.
     #[track_caller]
     pub fn node_at(&self, node: &str, port: u16) -> SocketAddr {

@@ -6,6 +6,7 @@ mod certificates;
 mod chart;
 mod cni;
 mod discovery;
+mod flows;
 mod istioctl;
 mod outages;
 mod policy;
