@@ -10,11 +10,11 @@ use zspire_testkit::{Pod, mesh, uncaptured};
 use crate::scenario;
 
 const PATIENCE: Duration = Duration::from_secs(8);
-const A: u16 = 1;
+pub(crate) const A: u16 = 1;
 const AAAA: u16 = 28;
 
 /// A query as a stub resolver writes it.
-fn query(name: &str, kind: u16) -> Vec<u8> {
+pub(crate) fn query(name: &str, kind: u16) -> Vec<u8> {
     let mut bytes = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in name.split('.') {
         bytes.push(label.len() as u8);
@@ -27,7 +27,7 @@ fn query(name: &str, kind: u16) -> Vec<u8> {
 
 /// What an answer says: its code, how many records answer and how many are beside it, and its last four bytes as an address.
 #[derive(Debug, PartialEq)]
-struct Said {
+pub(crate) struct Said {
     code: u8,
     answers: u16,
     authorities: u16,
@@ -41,7 +41,7 @@ fn said(answer: &[u8]) -> Said {
     Said { code: answer[3] & 0xf, answers: number(6), authorities: number(8), last: last.into() }
 }
 
-fn over_udp(pod: &Pod, server: SocketAddr, query: &[u8]) -> Said {
+pub(crate) fn over_udp(pod: &Pod, server: SocketAddr, query: &[u8]) -> Said {
     pod.run(|| {
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         // From then on only what comes from the server that was asked is heard.

@@ -5,6 +5,7 @@
 mod certificates;
 mod chart;
 mod cni;
+mod dashboards;
 mod discovery;
 mod flows;
 mod istioctl;
