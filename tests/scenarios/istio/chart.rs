@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use zspire_testkit::istio::{Cluster, SYSTEM};
 use zspire_testkit::{Mesh, mesh, uncaptured, until};
 
+use super::{comes_to_reach, wait_for_state};
 use crate::scenario;
 
 const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/helm/zspire");
@@ -145,7 +146,7 @@ fn has_no_more_privileges_than_it_needs(name: &str, pod: &Value) {
     let by_process = ["spire-broker-process", "spire-delegated"].contains(&name);
     let needed = if by_process { &["NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"][..] } else { &["NET_ADMIN", "SYS_ADMIN"] };
     assert_eq!(capabilities(container), needed, "{name}");
-    assert_eq!(context["capabilities"]["drop"], serde_json::json!(["ALL"]), "{name}");
+    assert_eq!(context["capabilities"]["drop"], json!(["ALL"]), "{name}");
     assert_eq!(context["privileged"], false, "{name}");
     assert_eq!(context["readOnlyRootFilesystem"], true, "{name}");
     assert_eq!(context["seccompProfile"]["type"], "RuntimeDefault", "{name}");
@@ -219,10 +220,19 @@ fn the_chart_is_installed_upgraded_and_uninstalled_beside_ztunnels() {
         cluster.delete(&["-n", SYSTEM, "serviceaccount", "ztunnel"]);
         let helm_itself = cluster.client("helm", &[]);
         let ztunnel = Path::new(helm_itself.get_program()).with_file_name("charts/ztunnel");
-        helm(&["install", "ztunnel", ztunnel.to_str().unwrap()]);
+        let ztunnel = ztunnel.to_str().unwrap();
+        helm(&["install", "ztunnel", ztunnel]);
+        // As docs/istio.md has it: pods that run go on running, and keep off nodes with a label.
+        let file = mesh.path("keep-off.yaml");
+        fs::write(&file, told_in_the_documents("affinity:")).unwrap();
+        helm(&["upgrade", "ztunnel", ztunnel, "--reuse-values", "-f", file.to_str().unwrap()]);
+        let kept_off = cluster.get(&["-n", SYSTEM, "daemonset", "ztunnel"]);
+        assert_eq!(kept_off["spec"]["updateStrategy"]["type"], "OnDelete");
+        let affinity = &kept_off["spec"]["template"]["spec"]["affinity"]["nodeAffinity"];
+        let terms = &affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"];
+        assert_eq!(terms[0]["matchExpressions"][0]["key"], "zspire.io/ztunnel");
         let values = |name: &str| combinations()[name].to_str().unwrap().to_owned();
-        let said = helm(&["install", "zspire", CHART, "-f", &values("beside-ztunnel")]);
-        assert!(said.contains("CA_TRUSTED_NODE_ACCOUNTS: istio-system/ztunnel,istio-system/ztunnel-zspire"), "{said}");
+        helm(&["install", "zspire", CHART, "-f", &values("beside-ztunnel")]);
         let daemon_sets = || names(&cluster.get(&["-n", SYSTEM, "daemonsets"]));
         assert_eq!(daemon_sets(), ["ztunnel", "ztunnel-zspire"]);
 
@@ -251,6 +261,54 @@ fn the_chart_is_installed_upgraded_and_uninstalled_beside_ztunnels() {
         assert_eq!(daemon_sets(), ["ztunnel"]);
         helm(&["uninstall", "zspire"]);
     });
+}
+
+/// Both node proxies' accounts, as docs/istio.md has them trusted by istiod.
+const BOTH: &str = "istio-system/ztunnel,istio-system/ztunnel-zspire";
+
+#[test]
+fn istiod_trusts_a_pod_of_the_chart_beside_ztunnels() {
+    scenario(|| {
+        let mesh = mesh().istiod_down().node("a").pod("client").node("b").pod("server").start();
+        let (istio, cluster) = (mesh.istio(), mesh.istio().cluster());
+        let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
+        let values = combinations()["beside-ztunnel"].to_str().unwrap().to_owned();
+        let said = cluster.run("helm", &["install", "zspire", CHART, "-n", SYSTEM, "-f", &values]);
+        let trusted = format!("CA_TRUSTED_NODE_ACCOUNTS: {BOTH}");
+        assert!(said.contains(&trusted) && told_in_the_documents("env:").contains(&trusted), "{said}");
+
+        // In the place of the controller of DaemonSets, and of the kubelet.
+        let set = cluster.get(&["-n", SYSTEM, "daemonset", "ztunnel-zspire"]);
+        let template = &set["spec"]["template"];
+        let (mut metadata, mut spec) = (template["metadata"].clone(), template["spec"].clone());
+        (metadata["name"], metadata["namespace"]) = ("ztunnel-zspire-x".into(), SYSTEM.into());
+        spec["nodeName"] = "a".into();
+        let mut pod = json!({ "apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec });
+        cluster.apply(&pod.to_string());
+        let status = pod.as_object_mut().unwrap();
+        status.remove("spec");
+        status.insert("status".into(), json!({ "phase": "Running" }));
+        cluster.apply_status(&pod.to_string());
+        let of =
+            ["create", "token", "ztunnel-zspire", "--bound-object-kind=Pod", "--bound-object-name=ztunnel-zspire-x"];
+        let token = cluster.kubectl(&[&["-n", SYSTEM], &of[..], &["--audience=istio-ca"]].concat());
+        istio.write_token("a", token.trim());
+
+        istio.start_istiod();
+        wait_for_state(&client, &client.spiffe_id(), "Unavailable");
+        istio.istiod().start_with(cluster, &[("CA_TRUSTED_NODE_ACCOUNTS", BOTH)]);
+        wait_for_state(&client, &client.spiffe_id(), "Available");
+        let _app = server.greet();
+        comes_to_reach(&client, server.app());
+    });
+}
+
+/// The block of docs/istio.md that has such a line.
+fn told_in_the_documents(line: &str) -> String {
+    let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/istio.md")).unwrap();
+    let mut blocks = page.split("```").skip(1).step_by(2);
+    let block = blocks.find(|block| block.lines().any(|it| it.trim() == line)).unwrap();
+    block.split_once('\n').unwrap().1.to_owned()
 }
 
 fn names(objects: &Value) -> Vec<String> {
