@@ -117,8 +117,8 @@ table! {
         USER_TIMEOUT_ENABLED = "false": "Set TCP_USER_TIMEOUT, on connections with other hosts, to KEEPALIVE_TIME + KEEPALIVE_RETRIES × KEEPALIVE_INTERVAL.";
         CONNECTION_TERMINATION_DEADLINE = "TERMINATION_GRACE_PERIOD_SECONDS − 5 s (− 1 s if that is 10 or less), else 5s": "How long live connections may go on after the proxy was told to stop.";
         TERMINATION_GRACE_PERIOD_SECONDS = "": "Grace period of the pod, seconds; see CONNECTION_TERMINATION_DEADLINE.";
-        ZTUNNEL_WORKER_THREADS = "the CPU limit, else max(25 % of the cores, the CPU request, 2)": "Data-plane threads: a number, a percentage of the cores, or 0 for all of them.";
-        ZTUNNEL_CPU_LIMIT = "": "Cores that the proxy may use; `ZTUNNEL_RESOURCE_CPU_LIMIT` is read too.";
+        ZTUNNEL_WORKER_THREADS = "ZTUNNEL_RESOURCE_CPU_LIMIT, else max(25 % of the cores, the CPU request, 2)": "Data-plane threads: a number, a percentage of the cores, or 0 for all of them.";
+        ZTUNNEL_CPU_LIMIT = "the machine's": "How many cores there are, for ZTUNNEL_WORKER_THREADS; Kubernetes gives the machine's where a pod has no limit.";
         ZTUNNEL_RESOURCE_CPU_LIMIT = "": "The pod's CPU limit in cores.";
         ZTUNNEL_RESOURCE_CPU_REQUEST = "": "The pod's CPU request in cores.";
     }

@@ -59,7 +59,9 @@ fn parse_duration(text: &str) -> Option<Duration> {
 
 /// Data-plane threads: what is set, else the CPU limit, else a share of the machine.
 pub(super) fn workers(v: &Values, concurrency: Option<u32>) -> Result<usize, Error> {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let machine = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    // Not a limit in spite of its name: Kubernetes puts the machine's cores there where the pod has none.
+    let cores = quantity(v, &opt::ZTUNNEL_CPU_LIMIT)?.map_or(machine, |cores| cores.clamp(1, machine));
     let variable = &opt::ZTUNNEL_WORKER_THREADS;
     if let Some(text) = v.get(variable) {
         let expected = "expected a number, a percentage such as 50%, or 0 for every core";
@@ -81,10 +83,8 @@ pub(super) fn workers(v: &Values, concurrency: Option<u32>) -> Result<usize, Err
     if let Some(set) = concurrency {
         return Ok(if set == 0 { cores } else { (set as usize).min(1024) });
     }
-    for limit in [&opt::ZTUNNEL_CPU_LIMIT, &opt::ZTUNNEL_RESOURCE_CPU_LIMIT] {
-        if let Some(limit) = quantity(v, limit)? {
-            return Ok(limit.clamp(1, cores));
-        }
+    if let Some(limit) = quantity(v, &opt::ZTUNNEL_RESOURCE_CPU_LIMIT)? {
+        return Ok(limit.clamp(1, cores));
     }
     let request = quantity(v, &opt::ZTUNNEL_RESOURCE_CPU_REQUEST)?.unwrap_or(0);
     Ok(cores.div_ceil(4).max(request).clamp(2.min(cores), cores))
@@ -138,8 +138,12 @@ mod tests {
         assert_eq!(of(&[("ZTUNNEL_WORKER_THREADS", "0")], None), Ok(cores));
         assert_eq!(of(&[("ZTUNNEL_WORKER_THREADS", "100%")], None), Ok(cores));
         assert_eq!(of(&[("ZTUNNEL_WORKER_THREADS", "1%")], None), Ok(1));
-        assert_eq!(of(&[("ZTUNNEL_CPU_LIMIT", "500m")], None), Ok(1));
-        assert_eq!(of(&[("ZTUNNEL_CPU_LIMIT", "1")], Some(7)), Ok(7));
+        assert_eq!(of(&[("ZTUNNEL_RESOURCE_CPU_LIMIT", "500m")], None), Ok(1));
+        assert_eq!(of(&[("ZTUNNEL_RESOURCE_CPU_LIMIT", "1")], Some(7)), Ok(7));
+        // As Kubernetes sets it for a pod without a limit: nothing but how many cores there are.
+        assert_eq!(of(&[("ZTUNNEL_CPU_LIMIT", "100000")], None), of(&[], None));
+        assert_eq!(of(&[("ZTUNNEL_CPU_LIMIT", "1"), ("ZTUNNEL_WORKER_THREADS", "0")], None), Ok(1));
+        assert_eq!(of(&[("ZTUNNEL_CPU_LIMIT", "1"), ("ZTUNNEL_RESOURCE_CPU_LIMIT", "4")], None), Ok(1));
         assert!(of(&[("ZTUNNEL_WORKER_THREADS", "101%")], None).is_err());
         assert!(of(&[("ZTUNNEL_WORKER_THREADS", "many")], None).is_err());
     }
