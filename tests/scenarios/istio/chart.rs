@@ -132,6 +132,26 @@ fn every_combination_is_accepted_by_kubernetes_and_starts_the_proxy() {
     });
 }
 
+#[test]
+fn the_proxy_starts_as_istios_own_chart_has_it() {
+    scenario(|| {
+        let mesh = cluster();
+        let cluster = mesh.istio().cluster();
+        let manifest = cluster.run("helm", &["template", "ztunnel", &charts(cluster, "ztunnel"), "-n", SYSTEM]);
+        let objects = accepted(cluster, &manifest);
+        let container = &named(&objects, "DaemonSet").unwrap()["spec"]["template"]["spec"]["containers"][0];
+        assert_eq!(container["args"], json!(["proxy", "ztunnel"]));
+        let environment: Vec<_> = list(&container["env"]).map(variable).collect();
+        starts(&mesh, "ztunnel", &environment, &capabilities(container));
+    });
+}
+
+/// One of Istio's own charts.
+fn charts(cluster: &Cluster, name: &str) -> String {
+    let helm = cluster.client("helm", &[]);
+    Path::new(helm.get_program()).with_file_name("charts").join(name).display().to_string()
+}
+
 fn variable(of: &Value) -> (&str, &str) {
     (of["name"].as_str().unwrap(), of["value"].as_str().unwrap_or_else(|| of_the_pod(&of["valueFrom"])))
 }
@@ -218,9 +238,7 @@ fn the_chart_is_installed_upgraded_and_uninstalled_beside_ztunnels() {
         let helm = |arguments: &[&str]| cluster.run("helm", &[arguments, &["-n", SYSTEM]].concat());
         // The account of the proxies of this test, which Istio's chart brings along.
         cluster.delete(&["-n", SYSTEM, "serviceaccount", "ztunnel"]);
-        let helm_itself = cluster.client("helm", &[]);
-        let ztunnel = Path::new(helm_itself.get_program()).with_file_name("charts/ztunnel");
-        let ztunnel = ztunnel.to_str().unwrap();
+        let ztunnel = &charts(cluster, "ztunnel");
         helm(&["install", "ztunnel", ztunnel]);
         // As docs/istio.md has it: pods that run go on running, and keep off nodes with a label.
         let file = mesh.path("keep-off.yaml");
