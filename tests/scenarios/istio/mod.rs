@@ -13,6 +13,7 @@ mod outages;
 mod policy;
 mod traffic;
 mod waypoints;
+mod ways;
 
 use std::net::SocketAddr;
 
