@@ -2,9 +2,11 @@
 
 use std::net::SocketAddr;
 
+use serde_json::Value;
+use zspire_testkit::flows::{Answer, Answering, Call, Protocol, answer};
 use zspire_testkit::plan::{NAMESPACE, captured};
 use zspire_testkit::process::{pause, resume};
-use zspire_testkit::{Mesh, Pod, hear, mesh, say, until};
+use zspire_testkit::{Mesh, Pod, hear, mesh, say, uncaptured, until};
 
 use super::{comes_to_be_refused, comes_to_know};
 use crate::scenario;
@@ -127,8 +129,12 @@ fn pod_is_served_from_its_first_packet_on_and_in_each_new_sandbox() {
         cni.plug(&late, &late).unwrap();
         wait_for_state(&client, &uid, "Up");
         assert!(has_rules(&late));
-        istio.set_ready(&late, true);
         let _apps = [client.greet(), late.greet()];
+        // Its first connection is earlier than the news of its address, and waits for that.
+        let early = late.open(client.app());
+        late.proxy(|proxy| assert!(!proxy.log().contains("\"outbound\"")));
+        istio.set_ready(&late, true);
+        assert_eq!(zspire_testkit::app::greeting(&early).unwrap().by, "client");
         reaches_in_a_tunnel(&client, &late, late.app());
         reaches_in_a_tunnel(&late, &client, client.app());
 
@@ -260,21 +266,28 @@ fn pods_are_served_again_by_a_proxy_that_was_killed_and_by_a_successor() {
             state => Err(state),
         });
         // The old one stops, and takes its time for what lives.
+        let left = || cni.agent(|agent| agent.log()).matches("ztunnel disconnected, total").count();
+        let before = left();
         old.terminate();
-        until("the old one to have left the agent", || {
-            let log = cni.agent(|agent| agent.log());
-            if log.contains("ztunnel disconnected") { Ok(()) } else { Err("it is connected") }
-        });
-        reaches_in_a_tunnel(&client, &server, server.app());
+        client.reaches(server.app());
         say(&long, "still");
         hear(&long_served, "still");
         drop((long, long_served));
         assert_eq!(old.ended().code(), Some(0));
         reaches_in_a_tunnel(&client, &server, server.app());
+        until("the agent to notice", || if left() > before { Ok(()) } else { Err("it has not") });
 
-        // The newest goes for good: pods that come are told to the one before.
+        // The newest goes for good. Pods that come are told to the one before; nobody has those that only the newest was told of.
         let other = mesh.start_successor("b");
+        istio.add(&late);
+        let uid = istio.uid(&late);
+        cni.run_pod(&uid, &late);
+        cni.plug(&late, &late).unwrap();
+        reaches_in_a_tunnel(&client, &late, late.app());
+        let before = left();
         server.proxy(|proxy| proxy.kill());
+        until("the agent to notice", || if left() > before { Ok(()) } else { Err("it has not") });
+        client.is_refused(late.app());
         set_mode(&mesh, &server, "none");
         istio.wait_for_redirection(&server, None);
         other.line("the end of the pod", |line| line["message"] == "pod is no longer served");
@@ -286,6 +299,11 @@ fn pods_are_served_again_by_a_proxy_that_was_killed_and_by_a_successor() {
         until("the older proxy to serve", || {
             if other.log().matches("\"inbound\"").count() > before { Ok(()) } else { Err("it has not") }
         });
+        assert!(!other.log().contains(&uid));
+        // The next has them all.
+        server.start();
+        server.wait_until_ready();
+        reaches_in_a_tunnel(&client, &late, late.app());
     });
 }
 
@@ -337,5 +355,48 @@ fn pod_that_cannot_be_served_is_pending_until_it_can_be() {
         drop(port);
         istio.wait_for_redirection(&late, Some("enabled"));
         assert_eq!(connections(&server), 1);
+    });
+}
+
+#[test]
+fn pods_own_annotations_change_their_rules_and_nothing_else() {
+    scenario(|| {
+        let mesh = mesh()
+            .istio_cni()
+            .node("a")
+            .pod("client")
+            .pod(captured("bypass").not_started())
+            .pod(captured("names").not_started())
+            .node("b")
+            .pod(uncaptured("peer"))
+            .start();
+        let [client, bypass, names, peer] = ["client", "bypass", "names", "peer"].map(|name| mesh.pod(name));
+        let annotations =
+            [(&bypass, "ambient.istio.io/bypass-inbound-capture=true"), (&names, "ambient.istio.io/dns-capture=false")];
+        for (pod, annotation) in annotations {
+            mesh.istio().cluster().kubectl(&["-n", NAMESPACE, "annotate", "pod", pod.name(), annotation]);
+            mesh.cni("a").run_pod(&mesh.istio().uid(pod), pod);
+            mesh.istio().set_ready(pod, true);
+            mesh.istio().wait_for_redirection(pod, Some("enabled"));
+        }
+        let _apps = [bypass.greet(), names.greet(), peer.greet()];
+        for server in [&bypass, &names] {
+            reaches_in_a_tunnel(&client, server, server.app());
+            server.reaches(peer.app());
+            server.access("outbound", |line| line["dst.addr"] == peer.app().to_string());
+        }
+        // Who is not in the mesh gets to one of them past the proxy, to the other through it.
+        for server in [&bypass, &names] {
+            peer.reaches(server.app());
+        }
+        let plain = |line: &Value| line["src.identity"].is_null() && line["src.workload"] == "peer";
+        names.access("inbound", plain);
+        let log = bypass.proxy(|proxy| proxy.log());
+        let mut lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        assert!(!lines.any(|line| line["direction"] == "inbound" && line["dst.workload"] == "bypass" && plain(&line)));
+        let mut resolver = Answering::default();
+        resolver.at(peer.netns(), "peer", (Protocol::Udp, peer.at(53)), None);
+        let call = Call { protocol: Protocol::Udp, mark: None, to: peer.at(53) };
+        assert_eq!(answer(names.netns(), call), Answer::By("peer".into()));
     });
 }

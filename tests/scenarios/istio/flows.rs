@@ -125,11 +125,21 @@ const FLOWS: &[(From, Protocol, To, u16, Gets)] = &[
 
 #[test]
 fn flows_under_istios_rules() {
+    under_istios_rules("false");
+}
+
+/// The same rules once more, programmed without `iptables`.
+#[test]
+fn flows_under_istios_native_rules() {
+    under_istios_rules("true");
+}
+
+fn under_istios_rules(native: &str) {
     scenario(|| {
         let mesh = mesh()
             .istio_cni()
             .node("a")
-            .pod(captured("pod").dual_stack().not_started())
+            .pod(captured("pod").dual_stack().not_started().with("NATIVE_NFTABLES", native))
             .node("b")
             .pod(uncaptured("peer").dual_stack())
             .start();
@@ -139,6 +149,9 @@ fn flows_under_istios_rules() {
         cni.run_pod(&istio.uid(&pod), &pod);
         istio.set_ready(&pod, true);
         istio.wait_for_redirection(&pod, Some("enabled"));
+        let rules = pod.command("nft", &["list", "tables"]).output().unwrap();
+        let rules = String::from_utf8_lossy(&rules.stdout).into_owned();
+        assert_eq!(rules.contains("inet istio-ambient-nat").to_string(), native, "{rules}");
         cni.kill();
         // Those who wait are not told; those who speak are not heard.
         assert_eq!((before.told(), before.heard()), ([[false; 2]; 2], [false; 2]));

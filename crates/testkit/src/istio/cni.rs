@@ -92,8 +92,10 @@ impl Cni {
             assert!(machine.runs(), "it has ended:\n{}", machine.log());
             fs::metadata(&ready).map(drop)
         });
+        let mut environment = environment(istio, node);
+        environment.extend(pods.iter().flat_map(|pod| pod.plan().environment.clone()));
         let (agent, pods, groups) = (Mutex::default(), Mutex::default(), Groups::new(&own("groups"), node));
-        let (node, netns, folder, environment) = (node.into(), netns.clone(), folder.into(), environment(istio, node));
+        let (node, netns, folder) = (node.into(), netns.clone(), folder.into());
         Self { agent, pods, machine, groups, node, netns, folder, environment }
     }
 

@@ -30,6 +30,9 @@ done
 mount --rbind run/netns host/var/run/netns
 # The network plugin that pods have in this place; Istio's is chained to it.
 echo '{ "cniVersion": "0.3.1", "name": "test", "plugins": [{ "type": "bridge" }] }' >host/etc/cni/net.d/10-test.conflist
+# Istio's agent can be told to look for the kubelet's user: here is a process of that name.
+cp "$(readlink -f "$(command -v sh)")" run/kubelet
+run/kubelet -c 'while :; do sleep 1000; done' &
 mount -t proc proc proc
 mount --rbind proc host/proc
 : >"$ready"
