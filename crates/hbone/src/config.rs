@@ -14,7 +14,7 @@ pub struct Config {
     pub buffered_cap: u32,
     /// Largest frame accepted, 16 KiB to 16 MiB (`HTTP2_FRAME_SIZE`).
     pub frame_size: u32,
-    /// Bytes of unsent application data that a stream may have in the tunnel.
+    /// Bytes of application data that a stream gives to the tunnel at once.
     pub send_buffer: usize,
     /// Size of the header list accepted, in bytes as HTTP/2 counts them.
     pub header_list: u32,
@@ -30,7 +30,7 @@ pub struct Config {
     pub ping_interval: Duration,
     /// A tunnel that gives none within this time is dead.
     pub ping_timeout: Duration,
-    /// Frames that carry nothing (PING, SETTINGS, PRIORITY, unknown ones) that a peer may send at once; 1/8 of it is restored every second.
+    /// Frames that carry nothing (PING, SETTINGS, PRIORITY, empty and unknown ones, and what is of no stream that is open) that a peer may send at once; 1/8 of it is restored every second.
     pub idle_frames: u32,
 }
 
@@ -53,9 +53,3 @@ impl Default for Config {
         }
     }
 }
-
-/// Overhead of small DATA frames that wait inside `h2`, in bytes of its account (256 minus the payload, for each frame).
-///
-/// The relay takes frames out every turn, and a turn reads at most [`READ_TURN`] bytes of them, so honest traffic of one-byte
-/// frames stays far below this; a peer that sends them where nobody reads meets it at about 130,000 frames.
-pub(crate) const SMALL_FRAME_BUDGET: usize = 32 << 20;

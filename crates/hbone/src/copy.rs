@@ -67,14 +67,14 @@ async fn one_way(from: &TcpStream, to: &TcpStream, open: &Cell<u8>, count: impl 
         if let Err(error) = from.readable().await {
             return (Side::From, Arc::new(error));
         }
-        let mut buffer = Lent(Some(lend::take()));
-        let n = match from.try_read(buffer.bytes()) {
+        let mut buffer = lend::take();
+        let n = match from.try_read(&mut buffer) {
             Ok(0) => break,
             Ok(n) => n,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             Err(error) => return (Side::From, Arc::new(error)),
         };
-        let mut rest = &buffer.bytes()[..n];
+        let mut rest = &buffer[..n];
         while !rest.is_empty() {
             match to.try_write(rest) {
                 Ok(n) => {
@@ -99,22 +99,5 @@ async fn one_way(from: &TcpStream, to: &TcpStream, open: &Cell<u8>, count: impl 
     match from.ready(Interest::ERROR).await {
         Ok(_) => (Side::From, meter::socket_error(from)),
         Err(error) => (Side::From, Arc::new(error)),
-    }
-}
-
-/// A lent buffer that goes back when it is dropped.
-struct Lent(Option<Box<[u8]>>);
-
-impl Lent {
-    fn bytes(&mut self) -> &mut [u8] {
-        self.0.as_mut().expect("there until dropped")
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        if let Some(buffer) = self.0.take() {
-            lend::give(buffer);
-        }
     }
 }

@@ -1,138 +1,334 @@
-//! What drives a tunnel, the same at both ends: `h2`, then one write, then the times that matter.
+//! What drives a tunnel, the same at both ends: reads, hands over, writes, and looks at the clock.
 //!
-//! A turn: `h2` reads, wakes streams and encodes frames until it can do no more; what it wrote leaves in one write
-//! ([`crate::wire`]); the connection window follows what stalled streams hold; silence is noticed.
+//! A turn: what the connection has is read and goes to the applications at once, grouped by stream; what everybody has gathered
+//! leaves in one write; silence is noticed. One task per tunnel, one timer.
 
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use h2::{Ping, PingPong};
-use tokio::io::AsyncWrite;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
 use crate::config::Config;
-use crate::error::{Ended, Flood};
+use crate::core::Event;
+use crate::error::Ended;
 use crate::keepalive::{Keepalive, Step};
-use crate::shared::Shared;
-use crate::wire::{Pusher, Watch};
+use crate::lend;
+use crate::link::{self, Came, Link};
+use crate::reason::Reason;
+use crate::request::{Malformed, RequestHead};
 
-/// Streams that a peer may reset before they are answered, beyond those that time restores (ten a second).
-const ABANDONED: u32 = 200;
+/// Bytes that one tunnel receives before the others of the thread have their turn.
+const TURN: usize = 1 << 20;
 
-/// Everything of a driver but the connection itself.
-pub(crate) struct Turn<IO> {
-    pusher: Pusher<IO>,
-    pub(crate) watch: Rc<Watch>,
-    pub(crate) shared: Rc<Shared>,
-    ping_pong: Option<PingPong>,
-    keepalive: Keepalive,
-    reads: u64,
-    held: usize,
-    window: u32,
-    buffered_cap: u32,
-    settings_by: Option<Instant>,
+/// Takes the requests of a peer: the stream and what is asked for.
+pub(crate) type Asked<'a> = dyn FnMut(u32, Result<RequestHead, Malformed>) + 'a;
+
+/// See the module.
+pub(crate) struct Machine<IO> {
+    io: IO,
+    pub(crate) link: Rc<Link>,
+    clock: Clock,
+    came: Vec<Came>,
+    /// What was written may not have left.
+    unflushed: bool,
+    /// How it ends when everything has left.
+    closing: Option<Ended>,
+}
+
+impl<IO> Drop for Machine<IO> {
+    fn drop(&mut self) {
+        if self.link.ended().is_none() {
+            self.link.end(&link::aborted());
+        }
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
+    pub(crate) fn new(io: IO, link: Rc<Link>, config: &Config) -> Self {
+        Self { io, link, clock: Clock::new(config), came: Vec::new(), unflushed: false, closing: None }
+    }
+
+    /// One turn. Ready: the tunnel has ended.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>, asked: &mut Asked<'_>) -> Poll<Ended> {
+        self.link.driven_by(cx.waker());
+        self.link.driving.set(true);
+        let turn = self.turn(cx, asked);
+        self.link.driving.set(false);
+        let ended = match turn {
+            Ok(Poll::Pending) => return Poll::Pending,
+            Ok(Poll::Ready(ended)) => ended,
+            Err(ended) => self.fail(cx, ended),
+        };
+        self.link.end(&ended);
+        Poll::Ready(ended)
+    }
+
+    fn turn(&mut self, cx: &mut Context<'_>, asked: &mut Asked<'_>) -> Result<Poll<Ended>, Ended> {
+        let now = Instant::now();
+        let mut more = false;
+        if self.closing.is_none() {
+            if self.link.core.borrow().stalled {
+                let _ = self.poll_write(cx)?;
+            }
+            more = self.read(cx, now, asked)?;
+            self.closing = self.is_done();
+        }
+        let written = self.poll_write(cx)?;
+        if let Some(ended) = &self.closing
+            && written.is_ready()
+            && Pin::new(&mut self.io).poll_shutdown(cx).is_ready()
+        {
+            return Ok(Poll::Ready(ended.clone()));
+        }
+        self.clock.poll(cx, now, &self.link)?;
+        if more {
+            cx.waker().wake_by_ref();
+        }
+        Ok(Poll::Pending)
+    }
+
+    /// Reads what the connection has; whether there is more.
+    fn read(&mut self, cx: &mut Context<'_>, now: Instant, asked: &mut Asked<'_>) -> Result<bool, Ended> {
+        let mut buffer = lend::take();
+        let mut total = 0;
+        // A peer that does not read what it makes us answer is not read from either.
+        while !self.link.core.borrow().is_overloaded() {
+            let mut room = ReadBuf::new(&mut buffer);
+            match Pin::new(&mut self.io).poll_read(cx, &mut room) {
+                Poll::Pending => break,
+                Poll::Ready(Err(error)) => return Err(self.broken(error)),
+                Poll::Ready(Ok(())) => {}
+            }
+            let n = room.filled().len();
+            if n == 0 {
+                return Err(self.eof());
+            }
+            self.clock.keepalive.heard(now);
+            self.receive(&buffer[..n], now, asked)?;
+            total += n;
+            if total >= TURN {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn receive(&mut self, bytes: &[u8], now: Instant, asked: &mut Asked<'_>) -> Result<(), Ended> {
+        let age = self.clock.age(now);
+        let mut at = 0;
+        loop {
+            let event = self.link.core.borrow_mut().receive(bytes, &mut at, age);
+            match event {
+                Ok(Some(Event::Data { stream, range, end })) => self.came.push(Came { stream, range, end }),
+                Ok(Some(Event::Reset { stream, .. })) => {
+                    self.deliver(bytes);
+                    self.with(stream, |local| local.wake());
+                }
+                Ok(Some(event)) => self.apply(event, asked),
+                Ok(None) => break,
+                Err(broken) => {
+                    self.deliver(bytes);
+                    return Err(broken.into());
+                }
+            }
+        }
+        self.deliver(bytes);
+        Ok(())
+    }
+
+    fn apply(&mut self, event: Event, asked: &mut Asked<'_>) {
+        match event {
+            Event::Request { stream, head } => asked(stream, head),
+            Event::Answer { stream, status, head } => self.with(stream, |local| {
+                local.answer = Some((status, head));
+                local.wake();
+            }),
+            Event::Window { stream: Some(stream) } => self.with(stream, |local| local.wake()),
+            Event::Window { stream: None } => self.unpark(),
+            Event::Settings => {
+                self.clock.settled();
+                self.unpark();
+                self.link.notify_freed();
+            }
+            Event::GoAway => {
+                self.link.closing.set(true);
+                self.link.core.borrow_mut().each(|entry| entry.data.wake());
+            }
+            Event::Data { .. } | Event::Reset { .. } => unreachable!("handed over in their order"),
+        }
+    }
+
+    fn with(&self, stream: u32, f: impl FnOnce(&mut link::Local)) {
+        if let Some(entry) = self.link.core.borrow_mut().get_mut(stream) {
+            f(&mut entry.data);
+        }
+    }
+
+    /// Those that could not send may try again.
+    fn unpark(&self) {
+        let mut core = self.link.core.borrow_mut();
+        // Whoever is woken asks anew, later.
+        while let Some(entry) = core.unpark() {
+            entry.data.wake();
+        }
+    }
+
+    /// Hands over what came, stream by stream.
+    fn deliver(&mut self, bytes: &[u8]) {
+        if self.came.windows(2).any(|two| two[0].stream > two[1].stream) {
+            self.came.sort_by_key(|came| came.stream);
+        }
+        for came in self.came.chunk_by(|one, other| one.stream == other.stream) {
+            self.link.deliver(came, bytes);
+        }
+        self.came.clear();
+        self.came.shrink_to(16);
+    }
+
+    /// How the tunnel ends, if nothing keeps it any more.
+    fn is_done(&mut self) -> Option<Ended> {
+        let mut core = self.link.core.borrow_mut();
+        let ended = match core.goaway() {
+            _ if core.is_drained() => Ended::Closed,
+            Some(reason) if core.active() == 0 => went_away(reason),
+            _ if core.is_client() && self.link.is_forsaken() => Ended::Closed,
+            _ => return None,
+        };
+        core.close(Reason::NO_ERROR);
+        drop(core);
+        self.link.closing.set(true);
+        Some(ended)
+    }
+
+    /// Writes what was gathered. Ready: all of it has left.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Ended> {
+        let mut core = self.link.core.borrow_mut();
+        let written = loop {
+            if core.out.is_empty() {
+                if !self.unflushed {
+                    break Poll::Ready(Ok(()));
+                }
+                let flushed = Pin::new(&mut self.io).poll_flush(cx);
+                self.unflushed = flushed.is_pending();
+                break flushed;
+            }
+            self.unflushed = true;
+            match Pin::new(&mut self.io).poll_write(cx, core.out.bytes()) {
+                Poll::Pending => break Poll::Pending,
+                Poll::Ready(Ok(0)) => break Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(n)) => core.out.written(n),
+                Poll::Ready(Err(error)) => break Poll::Ready(Err(error)),
+            }
+        };
+        core.stalled = written.is_pending();
+        drop(core);
+        match written {
+            Poll::Pending => Ok(Poll::Pending),
+            Poll::Ready(Err(error)) => Err(self.broken(error)),
+            Poll::Ready(Ok(())) => {
+                self.link.core.borrow_mut().turned();
+                self.unpark();
+                Ok(Poll::Ready(()))
+            }
+        }
+    }
+
+    fn eof(&self) -> Ended {
+        let core = self.link.core.borrow();
+        match core.goaway() {
+            Some(reason) => went_away(reason),
+            None if core.active() == 0 => Ended::Closed,
+            None => Ended::Io(Arc::new(io::ErrorKind::UnexpectedEof.into())),
+        }
+    }
+
+    fn broken(&self, error: io::Error) -> Ended {
+        match self.link.core.borrow().goaway() {
+            Some(reason) if reason != Reason::NO_ERROR => Ended::GoAway(reason),
+            // A peer that goes when it has nothing left need not wait for our last words.
+            Some(_) if self.link.streams.get() == 0 => Ended::Closed,
+            _ => Ended::Io(Arc::new(error)),
+        }
+    }
+
+    /// The last words, as far as the connection takes them.
+    fn fail(&mut self, cx: &mut Context<'_>, ended: Ended) -> Ended {
+        let reason = match &ended {
+            Ended::Protocol(violation) => violation.reason,
+            Ended::Flood(_) => Reason::ENHANCE_YOUR_CALM,
+            Ended::Handshake => Reason::SETTINGS_TIMEOUT,
+            _ => return ended,
+        };
+        self.link.core.borrow_mut().close(reason);
+        let _ = self.poll_write(cx);
+        ended
+    }
+}
+
+fn went_away(reason: Reason) -> Ended {
+    if reason == Reason::NO_ERROR { Ended::Closed } else { Ended::GoAway(reason) }
+}
+
+/// The times of a tunnel: when it must be settled, answers are due, and silence is asked about.
+struct Clock {
     started: Instant,
+    settings_by: Option<Instant>,
+    keepalive: Keepalive,
     sleep: Pin<Box<Sleep>>,
 }
 
-impl<IO: AsyncWrite + Unpin> Turn<IO> {
-    pub(crate) fn new(
-        config: &Config,
-        pusher: Pusher<IO>,
-        watch: Rc<Watch>,
-        shared: Rc<Shared>,
-        ping_pong: Option<PingPong>,
-    ) -> Self {
+impl Clock {
+    fn new(config: &Config) -> Self {
         let now = Instant::now();
+        let settings_by = now + config.handshake_timeout;
         Self {
-            pusher,
-            watch,
-            shared,
-            ping_pong,
-            keepalive: Keepalive::new(config.ping_interval, config.ping_timeout, now),
-            reads: 0,
-            held: 0,
-            window: config.connection_window,
-            buffered_cap: config.buffered_cap,
-            settings_by: Some(now + config.handshake_timeout),
             started: now,
-            sleep: Box::pin(tokio::time::sleep_until(now + config.ping_interval)),
+            settings_by: Some(settings_by),
+            keepalive: Keepalive::new(config.ping_interval, config.ping_timeout, now),
+            sleep: Box::pin(tokio::time::sleep_until(settings_by.min(now + config.ping_interval))),
         }
     }
 
-    /// The window that the connection should have now, if it has changed: what stalled streams hold is lent on top, so that
-    /// they do not stall the others.
-    pub(crate) fn new_window(&mut self) -> Option<u32> {
-        let held = self.shared.held.get();
-        // Small changes are not worth a frame.
-        if held.abs_diff(self.held) < self.window as usize / 8 && !(held == 0 && self.held != 0) {
-            return None;
-        }
-        self.held = held;
-        let extra = u32::try_from(held).unwrap_or(u32::MAX).min(self.buffered_cap);
-        Some(self.window.saturating_add(extra).min(i32::MAX as u32))
+    fn age(&self, now: Instant) -> std::time::Duration {
+        now.duration_since(self.started)
     }
 
-    /// After `h2` has done what it could: writes, and looks at the clock. Ready: the tunnel has to end.
-    pub(crate) fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
-        self.shared.driven_by(cx.waker());
-        if let Poll::Ready(Err(error)) = self.pusher.poll_push(cx) {
-            return Poll::Ready(Ended::Io(std::sync::Arc::new(error)));
-        }
-        self.poll_clock(cx)
+    fn settled(&mut self) {
+        self.settings_by = None;
     }
 
-    fn poll_clock(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
-        if self.watch.reads.get() != self.reads {
-            self.reads = self.watch.reads.get();
-            self.keepalive.heard(Instant::now());
-            // Answers to our pings are heard like anything else; `h2` wants them to be taken.
-            if let Some(ping_pong) = &mut self.ping_pong {
-                let _ = ping_pong.poll_pong(cx);
-            }
-            if self.watch.settings.get() && self.settings_by.take().is_some() {
-                self.shared.settled.set(true);
-                self.shared.notify_freed();
-            }
-        }
+    /// Does what is due, and sleeps until the next thing is. The timer is left as it is while it is early enough: with traffic,
+    /// times move on every turn.
+    fn poll(&mut self, cx: &mut Context<'_>, mut now: Instant, link: &Link) -> Result<(), Ended> {
         loop {
-            let now = Instant::now();
-            if self.too_many_abandoned(now) {
-                return Poll::Ready(Ended::Flood(Flood("RST_STREAM")));
-            }
             if self.settings_by.is_some_and(|by| now >= by) {
-                return Poll::Ready(Ended::Handshake);
+                return Err(Ended::Handshake);
             }
-            let next = match self.keepalive.step(now) {
-                Step::Dead => return Poll::Ready(Ended::Silent),
+            let silence = match self.keepalive.step(now) {
+                Step::Dead => return Err(Ended::Silent),
                 Step::Wait(until) => until,
                 Step::Ping => {
-                    self.ping(now);
+                    link.core.borrow_mut().ping();
+                    self.keepalive.asked(now);
+                    // It is written in the next turn.
+                    cx.waker().wake_by_ref();
                     continue;
                 }
             };
-            let next = self.settings_by.map_or(next, |by| by.min(next));
-            if self.sleep.deadline() != next {
+            let next = self.settings_by.into_iter().chain(link.replies_due(now)).fold(silence, Instant::min);
+            if next < self.sleep.deadline() {
                 self.sleep.as_mut().reset(next);
             }
             if self.sleep.as_mut().poll(cx).is_pending() {
-                return Poll::Pending;
+                return Ok(());
             }
+            now = Instant::now();
+            self.sleep.as_mut().reset(next.max(now));
         }
-    }
-
-    fn ping(&mut self, now: Instant) {
-        if let Some(ping_pong) = &mut self.ping_pong {
-            // Fails only while one is under way, which is as good.
-            let _ = ping_pong.send_ping(Ping::opaque());
-        }
-        self.keepalive.asked(now);
-    }
-
-    fn too_many_abandoned(&self, now: Instant) -> bool {
-        let restored = u32::try_from(now.duration_since(self.started).as_secs()).unwrap_or(u32::MAX).saturating_mul(10);
-        self.shared.abandoned.get() > ABANDONED.saturating_add(restored)
     }
 }

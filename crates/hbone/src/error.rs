@@ -5,10 +5,22 @@ use std::sync::Arc;
 
 use http::StatusCode;
 
+use crate::reason::Reason;
+
 /// A peer that sends more frames without content than an honest one would.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the peer floods the tunnel with {0} frames")]
 pub struct Flood(pub &'static str);
+
+/// A peer that does what HTTP/2 forbids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the peer broke the protocol: {what}")]
+pub struct Violation {
+    /// What it is told.
+    pub reason: Reason,
+    /// What it did.
+    pub what: &'static str,
+}
 
 /// Why a tunnel ended. Cheap to clone: every stream of the tunnel gets one.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -22,10 +34,10 @@ pub enum Ended {
     Io(#[source] Arc<io::Error>),
     /// The peer went away with an error.
     #[error("the peer closed the tunnel: {0}")]
-    GoAway(h2::Reason),
+    GoAway(Reason),
     /// The peer broke the protocol or a limit of it.
-    #[error("the peer broke the protocol")]
-    Protocol(#[source] Arc<h2::Error>),
+    #[error(transparent)]
+    Protocol(#[from] Violation),
     /// The peer wasted our time.
     #[error(transparent)]
     Flood(#[from] Flood),
@@ -37,23 +49,6 @@ pub enum Ended {
     Silent,
 }
 
-impl Ended {
-    pub(crate) fn from_h2(error: h2::Error, io: Option<Arc<io::Error>>) -> Self {
-        if let Some(io) = io {
-            return Self::Io(io);
-        }
-        if error.is_io() {
-            let io = error.into_io().unwrap_or_else(|| io::ErrorKind::Other.into());
-            return Self::Io(Arc::new(io));
-        }
-        match error.reason() {
-            Some(h2::Reason::NO_ERROR) => Self::Closed,
-            Some(reason) if error.is_go_away() && error.is_remote() => Self::GoAway(reason),
-            _ => Self::Protocol(Arc::new(error)),
-        }
-    }
-}
-
 /// Why there is no stream.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
@@ -63,7 +58,7 @@ pub enum OpenError {
     Refused(StatusCode),
     /// The peer reset the stream instead of answering.
     #[error("the peer reset the stream before answering: {0}")]
-    Reset(h2::Reason),
+    Reset(Reason),
     /// No answer in time.
     #[error("no answer to CONNECT in time")]
     TimedOut,
@@ -82,7 +77,7 @@ impl OpenError {
     /// Whether the peer has certainly not processed the request, so that another tunnel to it may be tried.
     pub fn unprocessed(&self) -> bool {
         match self {
-            Self::Full | Self::Reset(h2::Reason::REFUSED_STREAM) => true,
+            Self::Full | Self::Reset(Reason::REFUSED_STREAM) => true,
             Self::Ended(ended) => !matches!(ended, Ended::Flood(_) | Ended::Protocol(_)),
             _ => false,
         }

@@ -8,36 +8,38 @@
 //! Tasks: a [`Driver`] per client tunnel, spawned by its creator or by the [`Pool`]; [`serve`] owns the tasks of its streams.
 //! An idle stream has no task, timer or buffer of its own here.
 //!
-//! Start with [`Tunnel`] and [`serve`], then [`Stream::relay`]. Underneath is the `h2` crate.
+//! Start with [`Tunnel`] and [`serve`], then [`Stream::relay`]. Underneath is [`core`], HTTP/2 as far as CONNECT needs it, without
+//! any I/O; `driver` moves its bytes.
 #![forbid(unsafe_code)]
 
 mod config;
 mod copy;
+pub mod core;
 mod driver;
 mod error;
-mod guard;
 pub mod headers;
 mod keepalive;
 mod lend;
+mod link;
 mod meter;
 mod pool;
+mod reason;
 mod relay;
 mod request;
 mod server;
-mod shared;
 mod stream;
 mod tunnel;
-mod wire;
+mod unread;
 
 pub use config::Config;
 pub use copy::copy;
-pub use error::{Ended, Flood, OpenError};
-pub use h2::Reason;
+pub use error::{Ended, Flood, OpenError, Violation};
 pub use http::StatusCode;
+pub use link::TunnelId;
 pub use meter::{Counters, End};
 pub use pool::{Connected, Lease, Pool, PoolConfig, PoolStats};
+pub use reason::Reason;
 pub use request::{Malformed, Request, RequestHead, ResponseHead, Target};
 pub use server::{Handler, Incoming, serve};
-pub use shared::TunnelId;
 pub use stream::{Stream, StreamIo};
 pub use tunnel::{Driver, Tunnel};

@@ -8,30 +8,34 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use tokio::net::TcpStream;
 
 use crate::error::Ended;
+use crate::reason::Reason;
 
 /// Bytes of a live connection, seen from the application's side of the proxy.
 ///
-/// Written by the one task that carries the connection, read by whoever looks.
+/// Written by the one thread that carries the connection, read by whoever looks. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub struct Counters(Arc<Totals>);
+
 #[derive(Debug, Default)]
-pub struct Counters {
+struct Totals {
     /// Taken from the application's socket and sent on.
-    pub sent: AtomicU64,
+    sent: AtomicU64,
     /// Received for the application and written to its socket.
-    pub received: AtomicU64,
+    received: AtomicU64,
 }
 
 impl Counters {
     /// What was carried so far: sent, received.
     pub fn load(&self) -> (u64, u64) {
-        (self.sent.load(Relaxed), self.received.load(Relaxed))
+        (self.0.sent.load(Relaxed), self.0.received.load(Relaxed))
     }
 
     pub(crate) fn sent(&self, n: usize) {
-        add(&self.sent, n);
+        add(&self.0.sent, n);
     }
 
     pub(crate) fn received(&self, n: usize) {
-        add(&self.received, n);
+        add(&self.0.received, n);
     }
 }
 
@@ -50,7 +54,7 @@ pub enum End {
     /// The other socket failed (plain TCP); the application was told by a reset.
     Other(Arc<io::Error>),
     /// The peer reset the stream; the application was told by a reset.
-    Reset(h2::Reason),
+    Reset(Reason),
     /// The tunnel ended below the stream; the application was told by a reset.
     Tunnel(Ended),
     /// We cut it: both ends were told by a reset.

@@ -19,8 +19,8 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::error::OpenError;
+use crate::link::{Slot, TunnelId};
 use crate::request::{Request, ResponseHead};
-use crate::shared::{Slot, TunnelId};
 use crate::stream::Stream;
 use crate::tunnel::Tunnel;
 

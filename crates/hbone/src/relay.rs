@@ -6,328 +6,202 @@
 //! ```
 //! Each direction ends by itself; neither message ever becomes the other. Stream credit goes back to the peer when the
 //! application has taken the bytes. An idle relay holds no buffer.
+//!
+//! What the application sends is read straight into the frame that carries it. What comes for it is written by the tunnel's
+//! driver ([`crate::link`]); here is written only what its socket did not take then.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::future::{Future, poll_fn};
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::Shutdown;
 use std::pin::{Pin, pin};
+use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
-use h2::{Reason, RecvStream, SendStream};
-use smallvec::SmallVec;
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio::net::tcp::ReadHalf;
-use tokio_util::io::poll_read_buf;
 
+use crate::core::Sent;
+use crate::link::{App, Link, exhausted, keep};
 use crate::meter::{self, Counters, End};
-use crate::shared::{Held, Shared};
+use crate::reason::Reason;
 use crate::stream::Stream;
 
-/// The first read of a socket that was idle.
-const READ_MIN: usize = 4 << 10;
-/// The largest read: a turn of one stream is everybody's time.
-const READ_MAX: usize = 512 << 10;
-/// Frames written to the application at once.
-const GATHER: usize = 16;
+/// The most that a stream gives to its tunnel in one turn when it is the only one that has something to send.
+const ALONE: usize = 512 << 10;
+/// And when it is not: what one sends is everybody's time.
+const IN_A_CROWD: usize = 128 << 10;
 
 impl Stream {
     /// Carries bytes between the stream and a socket until both directions have ended, or until `cut` completes.
     ///
     /// Dropping the future resets the stream and closes the socket.
-    pub async fn relay(self, mut app: TcpStream, counters: &Counters, cut: impl Future<Output = ()>) -> End {
-        let Self { mut send, mut recv, slot } = self;
-        let state = State::default();
-        let end = {
-            let (from, to) = app.split();
-            let mut up = pin!(up(from, &mut send, &slot.0, counters, &state));
-            let mut down = pin!(down(to.as_ref(), &mut recv, &slot.0, counters, &state));
-            let mut cut = pin!(cut);
-            poll_fn(|cx| poll_both(cx, &state, up.as_mut(), down.as_mut(), cut.as_mut())).await
-        };
-        match &end {
-            End::Complete => {}
-            End::Application(_) => {
-                // RFC 9113 §8.5: a TCP error is signalled as CONNECT_ERROR.
-                send.send_reset(Reason::CONNECT_ERROR);
-                drop(app);
-            }
-            End::Cut => {
-                send.send_reset(Reason::CANCEL);
-                meter::reset(app);
-            }
-            End::Other(_) | End::Reset(_) | End::Tunnel(_) => meter::reset(app),
+    pub async fn relay(self, app: TcpStream, counters: &Counters, cut: impl Future<Output = ()>) -> End {
+        let app = Rc::new(App { socket: app, counters: counters.clone(), failed: RefCell::new(None) });
+        if let Some(entry) = self.slot.0.core.borrow_mut().get_mut(self.id) {
+            entry.data.app = Some(app.clone());
         }
+        let mut relay = Relay { stream: self, app, told: false, watch: None };
+        let end = {
+            let mut cut = pin!(cut);
+            poll_fn(|cx| {
+                if cut.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(End::Cut);
+                }
+                relay.poll(cx)
+            })
+            .await
+        };
+        relay.finish(&end);
         end
     }
 }
 
-/// What the two directions know of each other.
-#[derive(Debug, Default)]
-struct State {
-    /// The application has ended its direction, and the peer was told.
-    up_done: Cell<bool>,
+/// A relay under way.
+struct Relay {
+    stream: Stream,
+    app: Rc<App>,
     /// The peer has ended its direction, and the application was told.
-    down_done: Cell<bool>,
+    told: bool,
+    /// Waits for a reset of an application that has ended its direction.
+    watch: Option<Pin<Box<dyn Future<Output = ()>>>>,
 }
 
-fn poll_both<U, D, C>(
-    cx: &mut Context<'_>,
-    state: &State,
-    mut up: std::pin::Pin<&mut U>,
-    down: std::pin::Pin<&mut D>,
-    cut: std::pin::Pin<&mut C>,
-) -> Poll<End>
-where
-    U: Future<Output = End>,
-    D: Future<Output = Result<(), End>>,
-    C: Future<Output = ()>,
-{
-    if cut.poll(cx).is_ready() {
-        return Poll::Ready(End::Cut);
-    }
-    if let Poll::Ready(end) = up.as_mut().poll(cx) {
-        return Poll::Ready(end);
-    }
-    if !state.down_done.get() {
-        match down.poll(cx) {
-            Poll::Pending => return Poll::Pending,
-            Poll::Ready(Err(end)) => return Poll::Ready(end),
-            Poll::Ready(Ok(())) => state.down_done.set(true),
-        }
-        // From now on it is `up` that has to notice a reset.
-        if !state.up_done.get()
-            && let Poll::Ready(end) = up.poll(cx)
-        {
+impl Relay {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        let link = self.stream.slot.0.clone();
+        if let Err(end) = self.down(cx, &link) {
             return Poll::Ready(end);
         }
-    }
-    if state.up_done.get() { Poll::Ready(End::Complete) } else { Poll::Pending }
-}
-
-/// From the application into the stream. It completes only when something fails: after the application's end it goes on
-/// watching for a reset.
-async fn up(
-    mut app: ReadHalf<'_>,
-    send: &mut SendStream<Bytes>,
-    shared: &Shared,
-    counters: &Counters,
-    state: &State,
-) -> End {
-    let mut size = READ_MIN;
-    loop {
-        let read = poll_fn(|cx| poll_read(cx, &mut app, send, shared, state, &mut size)).await;
-        let bytes = match read {
-            Ok(bytes) => bytes,
-            Err(end) => return end,
+        let ended = match self.up(cx, &link) {
+            Ok(ended) => ended,
+            Err(end) => return Poll::Ready(end),
         };
-        let n = bytes.len();
-        if let Err(error) = send.send_data(bytes, n == 0) {
-            return stream_end(shared, error);
+        match (ended, self.told) {
+            (true, true) => Poll::Ready(End::Complete),
+            (true, false) => self.watch(cx),
+            _ => Poll::Pending,
         }
-        if n == 0 {
-            break;
-        }
-        counters.sent(n);
     }
-    state.up_done.set(true);
-    match app.ready(Interest::ERROR).await {
-        Ok(_) => End::Application(meter::socket_error(app.as_ref())),
-        Err(error) => End::Application(Arc::new(error)),
-    }
-}
 
-/// The next bytes of the application; none at its end.
-fn poll_read(
-    cx: &mut Context<'_>,
-    app: &mut ReadHalf<'_>,
-    send: &mut SendStream<Bytes>,
-    shared: &Shared,
-    state: &State,
-    size: &mut usize,
-) -> Poll<Result<Bytes, End>> {
-    loop {
-        if app.as_ref().poll_read_ready(cx).map_err(|error| End::Application(Arc::new(error)))?.is_pending() {
-            // Window that an idle stream has reserved is window that the others lack.
-            *size = READ_MIN;
-            if send.capacity() > 0 {
-                send.reserve_capacity(0);
-            }
-            if state.down_done.get() {
-                return poll_reset(cx, send, shared).map(Err);
-            }
-            return Poll::Pending;
+    /// To the application: what it did not take at once, and then the end.
+    fn down(&mut self, cx: &mut Context<'_>, link: &Link) -> Result<(), End> {
+        let id = self.stream.id;
+        let mut core = link.core.borrow_mut();
+        let Some(entry) = core.get_mut(id) else { return Err(End::Reset(Reason::CANCEL)) };
+        keep(&mut entry.data.waker, cx.waker());
+        if let Some(reason) = entry.reset() {
+            return Err(End::Reset(reason));
         }
-        let room = match poll_room(cx, send, shared, *size) {
-            Poll::Ready(Ok(room)) => room,
-            Poll::Ready(Err(end)) => return Poll::Ready(Err(end)),
-            Poll::Pending => return Poll::Pending,
+        if !entry.is_closed()
+            && let Some(ended) = link.ended()
+        {
+            return Err(End::Tunnel(ended));
+        }
+        let mut taken = 0;
+        while !entry.data.unread.is_empty() && self.app.socket.poll_write_ready(cx).is_ready() {
+            let n = self.app.write(&entry.data.unread.slices());
+            entry.data.unread.consume(n);
+            taken += n;
+            if let Some(error) = self.app.failed.take() {
+                return Err(End::Application(Arc::new(error)));
+            }
+        }
+        if let Some(error) = self.app.failed.take() {
+            return Err(End::Application(Arc::new(error)));
+        }
+        let told = !self.told && entry.remote_ended() && entry.data.unread.is_empty();
+        let all = entry.local_ended();
+        if taken > 0 {
+            core.give(taken);
+            core.taken(id, taken);
+            let said = !core.out.is_empty();
+            drop(core);
+            if said {
+                link.wake_driver();
+            }
+        }
+        if told {
+            self.told = true;
+            // All that it has sent was read: closing the socket says the same.
+            if !all {
+                self.shutdown()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn shutdown(&self) -> Result<(), End> {
+        match SockRef::from(&self.app.socket).shutdown(Shutdown::Write) {
+            Ok(()) => Ok(()),
+            // It has closed both directions already, and did not need the end.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            Err(error) => Err(End::Application(Arc::new(error))),
+        }
+    }
+
+    /// From the application, as far as the tunnel takes it. True: it has ended.
+    fn up(&mut self, cx: &mut Context<'_>, link: &Link) -> Result<bool, End> {
+        let id = self.stream.id;
+        let mut core = link.core.borrow_mut();
+        let mut said = false;
+        let result = loop {
+            if core.get(id).is_none_or(|entry| entry.local_ended()) {
+                break Ok(true);
+            }
+            match self.app.socket.poll_read_ready(cx) {
+                Poll::Pending => break Ok(false),
+                Poll::Ready(Err(error)) => break Err(End::Application(Arc::new(error))),
+                Poll::Ready(Ok(())) => {}
+            }
+            let limit = if core.is_crowded() { IN_A_CROWD } else { ALONE };
+            match core.send(id, limit, |place| self.app.socket.try_read(place)) {
+                Sent::Parked | Sent::Closed => break Ok(false),
+                Sent::Asked(asked, Ok(n)) => {
+                    said = true;
+                    self.app.counters.sent(n);
+                    if n > 0 && n < asked {
+                        exhausted(&self.app.socket, Interest::READABLE);
+                    }
+                }
+                Sent::Asked(_, Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Sent::Asked(_, Err(error)) => break Err(End::Application(Arc::new(error))),
+            }
         };
-        let want = room.min(*size);
-        let mut buffer = BytesMut::with_capacity(want);
-        // After a short read it is not asked again until the kernel says that there is more.
-        match poll_read_buf(Pin::new(&mut *app), cx, &mut (&mut buffer).limit(want)) {
-            Poll::Ready(Ok(n)) => {
-                if n == *size {
-                    *size = (*size * 4).min(READ_MAX);
-                }
-                return Poll::Ready(Ok(buffer.freeze()));
-            }
-            Poll::Ready(Err(error)) => return Poll::Ready(Err(End::Application(Arc::new(error)))),
-            Poll::Pending => {}
+        drop(core);
+        if said {
+            link.wake_driver();
         }
+        result
     }
-}
 
-/// How much may be sent now, at least one byte.
-fn poll_room(
-    cx: &mut Context<'_>,
-    send: &mut SendStream<Bytes>,
-    shared: &Shared,
-    want: usize,
-) -> Poll<Result<usize, End>> {
-    send.reserve_capacity(want);
-    loop {
-        match send.capacity() {
-            0 => match ready!(send.poll_capacity(cx)) {
-                Some(Ok(_)) => {}
-                Some(Err(error)) => return Poll::Ready(Err(stream_end(shared, error))),
-                // The stream is closed for sending, which only a reset does before we have ended it.
-                None => return poll_reset(cx, send, shared).map(Err),
-            },
-            room => return Poll::Ready(Ok(room)),
+    /// The application has ended its direction and waits for the rest: only a reset of it is still to be noticed.
+    fn watch(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        let app = &self.app;
+        let watch = self.watch.get_or_insert_with(|| {
+            let app = app.clone();
+            Box::pin(async move {
+                let _ = app.socket.ready(Interest::ERROR).await;
+            })
+        });
+        watch.as_mut().poll(cx).map(|()| End::Application(meter::socket_error(&self.app.socket)))
+    }
+
+    fn finish(self, end: &End) {
+        let Self { stream, app, watch, .. } = self;
+        match end {
+            End::Complete => {}
+            // RFC 9113 §8.5: a TCP error is signalled as CONNECT_ERROR.
+            End::Application(_) => stream.reset_with(Reason::CONNECT_ERROR),
+            End::Cut => stream.reset_with(Reason::CANCEL),
+            End::Other(_) | End::Reset(_) | End::Tunnel(_) => {}
         }
-    }
-}
-
-fn poll_reset(cx: &mut Context<'_>, send: &mut SendStream<Bytes>, shared: &Shared) -> Poll<End> {
-    match ready!(send.poll_reset(cx)) {
-        Ok(reason) => Poll::Ready(End::Reset(reason)),
-        Err(error) => Poll::Ready(stream_end(shared, error)),
-    }
-}
-
-/// From the stream to the application, until the peer has ended its direction.
-async fn down(
-    app: &TcpStream,
-    recv: &mut RecvStream,
-    shared: &Shared,
-    counters: &Counters,
-    state: &State,
-) -> Result<(), End> {
-    let mut frames: SmallVec<[Bytes; 2]> = SmallVec::new();
-    let mut held = Held::new(shared);
-    let mut ended = false;
-    loop {
-        poll_fn(|cx| poll_frames(cx, recv, shared, &mut frames, &mut ended)).await?;
-        if frames.is_empty() {
-            break;
+        // With these goes everything else that has the socket.
+        drop((watch, stream));
+        if let (Some(app), false) = (Rc::into_inner(app), matches!(end, End::Complete | End::Application(_))) {
+            meter::reset(app.socket);
         }
-        while !frames.is_empty() {
-            match write(app, &frames) {
-                Ok(n) => {
-                    consume(&mut frames, n);
-                    counters.received(n);
-                    // Fails only for more than was received.
-                    let _ = recv.flow_control().release_capacity(n);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    held.set(frames.iter().map(Bytes::len).sum());
-                    wait_writable(app, recv, shared, &mut frames, &mut ended, &mut held).await?;
-                }
-                Err(error) => return Err(End::Application(Arc::new(error))),
-            }
-        }
-        held.set(0);
-    }
-    if state.up_done.get() {
-        // All that it has sent was read: closing the socket says the same.
-        return Ok(());
-    }
-    match SockRef::from(app).shutdown(Shutdown::Write) {
-        Ok(()) => Ok(()),
-        // It has closed both directions already, and did not need the end.
-        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-        Err(error) => Err(End::Application(Arc::new(error))),
-    }
-}
-
-/// Waits until the application takes bytes; a reset is noticed meanwhile.
-async fn wait_writable(
-    app: &TcpStream,
-    recv: &mut RecvStream,
-    shared: &Shared,
-    frames: &mut SmallVec<[Bytes; 2]>,
-    ended: &mut bool,
-    held: &mut Held<'_>,
-) -> Result<(), End> {
-    poll_fn(|cx| {
-        if app.poll_write_ready(cx).is_ready() {
-            return Poll::Ready(Ok(()));
-        }
-        while !*ended {
-            match recv.poll_data(cx) {
-                Poll::Pending => break,
-                Poll::Ready(None) => *ended = true,
-                Poll::Ready(Some(Ok(frame))) => frames.push(frame),
-                Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(stream_end(shared, error))),
-            }
-        }
-        held.set(frames.iter().map(Bytes::len).sum());
-        Poll::Pending
-    })
-    .await
-}
-
-/// Takes the frames that are there, at least one unless the stream has ended.
-fn poll_frames(
-    cx: &mut Context<'_>,
-    recv: &mut RecvStream,
-    shared: &Shared,
-    frames: &mut SmallVec<[Bytes; 2]>,
-    ended: &mut bool,
-) -> Poll<Result<(), End>> {
-    while !*ended && frames.len() < GATHER {
-        match recv.poll_data(cx) {
-            Poll::Ready(None) => *ended = true,
-            Poll::Ready(Some(Ok(frame))) if frame.is_empty() => {}
-            Poll::Ready(Some(Ok(frame))) => frames.push(frame),
-            Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(stream_end(shared, error))),
-            Poll::Pending if frames.is_empty() => return Poll::Pending,
-            Poll::Pending => break,
-        }
-    }
-    Poll::Ready(Ok(()))
-}
-
-fn write(app: &TcpStream, frames: &[Bytes]) -> io::Result<usize> {
-    if let [one] = frames {
-        return app.try_write(one);
-    }
-    let slices: SmallVec<[IoSlice<'_>; GATHER]> = frames.iter().take(GATHER).map(|frame| IoSlice::new(frame)).collect();
-    app.try_write_vectored(&slices)
-}
-
-fn consume(frames: &mut SmallVec<[Bytes; 2]>, mut n: usize) {
-    let mut whole = 0;
-    for frame in frames.iter_mut() {
-        if n < frame.len() {
-            frame.advance(n);
-            break;
-        }
-        n -= frame.len();
-        whole += 1;
-    }
-    frames.drain(..whole);
-}
-
-fn stream_end(shared: &Shared, error: h2::Error) -> End {
-    match error.reason() {
-        Some(reason) if error.is_reset() && error.is_remote() => End::Reset(reason),
-        _ => End::Tunnel(shared.explain(error)),
     }
 }

@@ -4,8 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
-use http::uri::Authority;
-use http::{HeaderMap, Method, StatusCode};
+use http::StatusCode;
 
 use crate::headers::{Baggage, Headers};
 
@@ -95,16 +94,6 @@ pub struct Request {
     pub headers: Headers,
 }
 
-impl Request {
-    pub(crate) fn to_http(&self) -> Option<http::Request<()>> {
-        let authority = Authority::from_maybe_shared(self.target.to_string()).ok()?;
-        let uri = http::Uri::builder().authority(authority).build().ok()?;
-        let mut request = http::Request::builder().method(Method::CONNECT).uri(uri).body(()).ok()?;
-        self.headers.write(request.headers_mut());
-        Some(request)
-    }
-}
-
 /// A CONNECT that was received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RequestHead {
@@ -115,15 +104,12 @@ pub struct RequestHead {
 }
 
 impl RequestHead {
-    pub(crate) fn parse(request: &http::Request<h2::RecvStream>) -> Result<Self, Malformed> {
-        if request.method() != Method::CONNECT {
-            return Err(Malformed::Method);
+    /// The address asked for; none for a hostname.
+    pub fn address(&self) -> Option<SocketAddr> {
+        match self.target {
+            Target::Address(address) => Some(address),
+            Target::Host { .. } => None,
         }
-        if request.extensions().get::<h2::ext::Protocol>().is_some() {
-            return Err(Malformed::Protocol);
-        }
-        let authority = request.uri().authority().ok_or(Malformed::NoAuthority)?;
-        Ok(Self { target: authority.as_str().parse()?, headers: Headers::read(request.headers()) })
     }
 }
 
@@ -134,20 +120,7 @@ pub struct ResponseHead {
     pub baggage: Option<Baggage>,
 }
 
-impl ResponseHead {
-    pub(crate) fn to_http(&self) -> http::Response<()> {
-        let mut response = http::Response::new(());
-        *response.status_mut() = StatusCode::OK;
-        Headers { baggage: self.baggage.clone(), ..Headers::default() }.write(response.headers_mut());
-        response
-    }
-
-    pub(crate) fn parse(headers: &HeaderMap) -> Self {
-        Self { baggage: Headers::read(headers).baggage }
-    }
-}
-
-/// A request that no handler ever sees. It was answered with 400.
+/// A request that no handler ever sees. It was answered with 400, or with 431 if it is too large.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum Malformed {
@@ -163,6 +136,18 @@ pub enum Malformed {
     /// Not `address:port` or `hostname:port`.
     #[error("the :authority is neither address:port nor hostname:port")]
     Authority,
+    /// More headers than are read.
+    #[error("the headers of the request are too large")]
+    TooLarge,
+}
+
+impl Malformed {
+    pub(crate) fn status(self) -> StatusCode {
+        match self {
+            Self::TooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            _ => StatusCode::BAD_REQUEST,
+        }
+    }
 }
 
 #[cfg(test)]

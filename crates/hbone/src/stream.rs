@@ -3,25 +3,24 @@
 use std::fmt;
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
-use bytes::{Buf, Bytes};
-use h2::{Reason, RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::shared::{Slot, TunnelId};
+use crate::core::Sent;
+use crate::link::{Slot, TunnelId, gone, keep};
+use crate::reason::Reason;
 
 /// An open stream. Dropping it before both directions have ended resets it.
 pub struct Stream {
-    pub(crate) send: SendStream<Bytes>,
-    pub(crate) recv: RecvStream,
+    pub(crate) id: u32,
     pub(crate) slot: Slot,
 }
 
 impl Stream {
     /// The stream as a byte stream, for a tunnel inside this one.
     pub fn into_io(self) -> StreamIo {
-        StreamIo { stream: self, unread: Bytes::new(), finished: false }
+        StreamIo { stream: self }
     }
 
     /// The tunnel that it belongs to.
@@ -30,14 +29,36 @@ impl Stream {
     }
 
     /// Tells the peer that the connection was cut.
-    pub fn reset(mut self) {
-        self.send.send_reset(Reason::CANCEL);
+    pub fn reset(self) {
+        self.reset_with(Reason::CANCEL);
+    }
+
+    pub(crate) fn reset_with(&self, reason: Reason) {
+        self.slot.0.core.borrow_mut().reset(self.id, reason);
+        self.slot.0.wake_driver();
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let link = &self.slot.0;
+        let mut core = link.core.borrow_mut();
+        let waits = core.out.len();
+        let local = core.release(self.id);
+        if let Some(local) = &local {
+            core.give(local.unread.len());
+        }
+        let said = core.out.len() > waits || core.active() == 0;
+        drop(core);
+        if said {
+            link.wake_driver();
+        }
     }
 }
 
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Stream").field(&self.send.stream_id()).finish()
+        f.debug_tuple("Stream").field(&self.id).finish()
     }
 }
 
@@ -45,46 +66,85 @@ impl fmt::Debug for Stream {
 #[derive(Debug)]
 pub struct StreamIo {
     stream: Stream,
-    unread: Bytes,
-    finished: bool,
+}
+
+impl StreamIo {
+    /// Why nothing can be done with it any more, if so.
+    fn failed(&self) -> Option<io::Error> {
+        let link = &self.stream.slot.0;
+        let core = link.core.borrow();
+        let entry = core.get(self.stream.id)?;
+        if let Some(reason) = entry.reset() {
+            return Some(io::Error::new(
+                io::ErrorKind::ConnectionReset,
+                format!("the peer reset the stream: {reason}"),
+            ));
+        }
+        if entry.is_closed() { None } else { link.ended().map(gone) }
+    }
 }
 
 impl AsyncRead for StreamIo {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        while this.unread.is_empty() {
-            match ready!(this.stream.recv.poll_data(cx)) {
-                None => return Poll::Ready(Ok(())),
-                Some(data) => this.unread = data.map_err(io::Error::other)?,
+        let failed = self.failed();
+        let link = &self.stream.slot.0;
+        let id = self.stream.id;
+        let mut core = link.core.borrow_mut();
+        let Some(entry) = core.get_mut(id) else { return Poll::Ready(Ok(())) };
+        let bytes = entry.data.unread.first();
+        if bytes.is_empty() {
+            if let Some(error) = failed {
+                return Poll::Ready(Err(error));
             }
+            if entry.remote_ended() {
+                return Poll::Ready(Ok(()));
+            }
+            keep(&mut entry.data.waker, cx.waker());
+            return Poll::Pending;
         }
-        let n = out.remaining().min(this.unread.len());
-        out.put_slice(&this.unread[..n]);
-        this.unread.advance(n);
-        // Fails only for more than was received.
-        let _ = this.stream.recv.flow_control().release_capacity(n);
+        let n = out.remaining().min(bytes.len());
+        out.put_slice(&bytes[..n]);
+        entry.data.unread.consume(n);
+        core.give(n);
+        core.taken(id, n);
+        let said = !core.out.is_empty();
+        drop(core);
+        if said {
+            link.wake_driver();
+        }
         Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncWrite for StreamIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
         if bytes.is_empty() {
             return Poll::Ready(Ok(0));
         }
-        let send = &mut this.stream.send;
-        send.reserve_capacity(bytes.len());
-        while send.capacity() == 0 {
-            match ready!(send.poll_capacity(cx)) {
-                Some(Ok(_)) => {}
-                Some(Err(error)) => return Poll::Ready(Err(io::Error::other(error))),
-                None => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+        if let Some(error) = self.failed() {
+            return Poll::Ready(Err(error));
+        }
+        let link = &self.stream.slot.0;
+        let id = self.stream.id;
+        let mut core = link.core.borrow_mut();
+        let sent = core.send(id, bytes.len(), |place| {
+            place.copy_from_slice(&bytes[..place.len()]);
+            Ok(place.len())
+        });
+        match sent {
+            Sent::Parked => {
+                if let Some(entry) = core.get_mut(id) {
+                    keep(&mut entry.data.writer, cx.waker());
+                }
+                Poll::Pending
+            }
+            Sent::Closed => Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+            Sent::Asked(_, written) => {
+                drop(core);
+                link.wake_driver();
+                Poll::Ready(written)
             }
         }
-        let n = bytes.len().min(send.capacity());
-        send.send_data(Bytes::copy_from_slice(&bytes[..n]), false).map_err(io::Error::other)?;
-        Poll::Ready(Ok(n))
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -92,11 +152,11 @@ impl AsyncWrite for StreamIo {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if !this.finished {
-            this.finished = true;
-            this.stream.send.send_data(Bytes::new(), true).map_err(io::Error::other)?;
+        if let Some(error) = self.failed() {
+            return Poll::Ready(Err(error));
         }
+        self.stream.slot.0.core.borrow_mut().end(self.stream.id);
+        self.stream.slot.0.wake_driver();
         Poll::Ready(Ok(()))
     }
 }

@@ -7,26 +7,22 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
-use h2::client::{self, SendRequest};
 use http::StatusCode;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
-use crate::config::{Config, SMALL_FRAME_BUDGET};
-use crate::driver::Turn;
+use crate::config::Config;
+use crate::core::Core;
+use crate::driver::Machine;
 use crate::error::{Ended, OpenError};
-use crate::guard::Guard;
+use crate::link::{Handle, Link, Local, Slot, TunnelId, keep};
 use crate::request::{Request, ResponseHead};
-use crate::shared::{Shared, Slot, TunnelId};
 use crate::stream::Stream;
-use crate::wire::{self, Wire};
 
 /// A handle to a tunnel, to open streams with. Clones share the tunnel; it is closed when the last of them and of its streams is gone.
 #[derive(Clone)]
 pub struct Tunnel {
-    send: SendRequest<Bytes>,
-    shared: Rc<Shared>,
+    handle: Handle,
     limit: usize,
     reply_timeout: Duration,
 }
@@ -37,87 +33,76 @@ impl Tunnel {
     where
         IO: AsyncRead + AsyncWrite + Unpin,
     {
-        let (wire, pusher, watch) = wire::split(io, Guard::new(false, config.idle_frames));
-        let handshake = client::Builder::new()
-            .initial_window_size(config.stream_window)
-            .initial_connection_window_size(config.connection_window)
-            .max_frame_size(config.frame_size)
-            .max_header_list_size(config.header_list)
-            .max_send_buffer_size(config.send_buffer)
-            .initial_max_send_streams(config.client_streams)
-            .data_frame_budget(SMALL_FRAME_BUDGET)
-            .enable_push(false)
-            .handshake::<_, Bytes>(wire);
-        let (send, mut connection) = handshake.await.map_err(|error| watch.explain(error))?;
-        let shared = Shared::new();
-        let ping_pong = connection.ping_pong();
-        let turn = Turn::new(config, pusher, watch, shared.clone(), ping_pong);
-        let tunnel = Self { send, shared, limit: config.client_streams, reply_timeout: config.reply_timeout };
-        Ok((tunnel, Driver { connection, turn }))
+        let link = Link::new(Core::client(config));
+        let handle = Handle::new(&link);
+        let tunnel = Self { handle, limit: config.client_streams, reply_timeout: config.reply_timeout };
+        Ok((tunnel, Driver { machine: Machine::new(io, link, config) }))
+    }
+
+    fn link(&self) -> &Rc<Link> {
+        &self.handle.0
     }
 
     /// Streams that can still be opened. One until the peer has said how many it takes: the others would wait for it unseen.
     pub fn free(&self) -> usize {
-        if self.shared.closing.get() {
+        if self.link().closing.get() {
             return 0;
         }
-        self.limit().saturating_sub(self.shared.streams.get())
+        self.limit().saturating_sub(self.link().streams.get())
     }
 
     pub(crate) fn limit(&self) -> usize {
-        match self.shared.settled.get() {
-            true => self.limit.min(self.send.current_max_send_streams()),
-            false => 1,
-        }
+        let core = self.link().core.borrow();
+        if core.is_settled() { self.limit.min(core.peer_streams()) } else { 1 }
     }
 
     pub(crate) fn is_settled(&self) -> bool {
-        self.shared.settled.get()
+        self.link().core.borrow().is_settled()
     }
 
     /// Calls `f` whenever more streams may be free than before.
     pub(crate) fn on_freed(&self, f: impl Fn() + 'static) {
-        self.shared.on_freed(Rc::new(f));
+        self.link().on_freed(Rc::new(f));
     }
 
     /// Its name, as [`Stream::tunnel`] has it.
     pub fn id(&self) -> TunnelId {
-        self.shared.id
+        self.link().id
     }
 
     /// Streams that are open.
     pub fn streams(&self) -> usize {
-        self.shared.streams.get()
+        self.link().streams.get()
     }
 
     /// When the last stream ended; meaningless while there are any.
     pub fn idle_since(&self) -> Instant {
-        self.shared.idle_since.get()
+        self.link().idle_since.get()
     }
 
     /// Why it ended, if it has.
     pub fn ended(&self) -> Option<Ended> {
-        self.shared.ended()
+        self.link().ended()
     }
 
     /// Opens no more streams; those that are open live on.
     pub fn retire(&self) {
-        self.shared.closing.set(true);
-        self.shared.wake_driver();
+        self.link().closing.set(true);
+        self.link().wake_driver();
     }
 
     /// It opens no more streams, by our will or the peer's.
     pub(crate) fn is_retired(&self) -> bool {
-        self.shared.closing.get()
+        self.link().closing.get()
     }
 
     pub(crate) fn is(&self, other: &Self) -> bool {
-        Rc::ptr_eq(&self.shared, &other.shared)
+        Rc::ptr_eq(self.link(), other.link())
     }
 
     /// Takes one of the [`Tunnel::free`] streams, to be opened later; none if there is none.
     pub(crate) fn slot(&self) -> Option<Slot> {
-        (self.free() > 0).then(|| Slot::new(&self.shared))
+        (self.free() > 0).then(|| Slot::new(self.link()))
     }
 
     /// Sends a CONNECT and waits for its answer. Dropping the future resets the stream.
@@ -127,21 +112,46 @@ impl Tunnel {
     }
 
     pub(crate) async fn open_in(&self, slot: Slot, request: &Request) -> Result<(Stream, ResponseHead), OpenError> {
-        let request = request.to_http().ok_or(OpenError::Invalid)?;
-        let mut send = self.send.clone();
-        let failed = |error: h2::Error| match error.reason() {
-            Some(reason) if error.is_reset() && error.is_remote() => OpenError::Reset(reason),
-            _ => OpenError::Ended(self.shared.explain(error)),
-        };
-        poll_fn(|cx| send.poll_ready(cx)).await.map_err(failed)?;
-        let (response, send) = send.send_request(request, false).map_err(failed)?;
-        let response = timeout(self.reply_timeout, response).await.map_err(|_| OpenError::TimedOut)?.map_err(failed)?;
-        let (head, recv) = response.into_parts();
-        if head.status != StatusCode::OK {
-            return Err(OpenError::Refused(head.status));
+        let link = self.link();
+        if let Some(ended) = link.ended() {
+            return Err(ended.into());
         }
-        Ok((Stream { send, recv, slot }, ResponseHead::parse(&head.headers)))
+        let mut core = link.core.borrow_mut();
+        if core.goaway().is_some() {
+            return Err(OpenError::Full);
+        }
+        let id = core.open(request, Local::default()).ok_or(OpenError::Invalid)?;
+        drop(core);
+        let stream = Stream { id, slot };
+        link.expect_reply(id, Instant::now() + self.reply_timeout);
+        link.wake_driver();
+        let head = poll_fn(|cx| poll_answer(cx, link, id)).await?;
+        Ok((stream, head))
     }
+}
+
+/// The answer to a request, when it comes.
+fn poll_answer(cx: &mut Context<'_>, link: &Link, id: u32) -> Poll<Result<ResponseHead, OpenError>> {
+    let mut core = link.core.borrow_mut();
+    let Some(entry) = core.get_mut(id) else { return Poll::Ready(Err(OpenError::Ended(Ended::Closed))) };
+    // An answer that came before the stream was reset is an answer all the same.
+    let answer = match entry.data.answer.take() {
+        Some((StatusCode::OK, head)) => Ok(head),
+        Some((status, _)) => Err(OpenError::Refused(status)),
+        None => {
+            if let Some(reason) = entry.reset() {
+                Err(OpenError::Reset(reason))
+            } else if let Some(ended) = link.ended() {
+                Err(OpenError::Ended(ended))
+            } else if entry.data.timed_out {
+                Err(OpenError::TimedOut)
+            } else {
+                keep(&mut entry.data.waker, cx.waker());
+                return Poll::Pending;
+            }
+        }
+    };
+    Poll::Ready(answer)
 }
 
 impl fmt::Debug for Tunnel {
@@ -152,8 +162,7 @@ impl fmt::Debug for Tunnel {
 
 /// Moves a tunnel's bytes: to be spawned on the thread that uses it. It yields why the tunnel ended.
 pub struct Driver<IO> {
-    connection: client::Connection<Wire<IO>, Bytes>,
-    turn: Turn<IO>,
+    machine: Machine<IO>,
 }
 
 impl<IO> fmt::Debug for Driver<IO> {
@@ -165,25 +174,8 @@ impl<IO> fmt::Debug for Driver<IO> {
 impl<IO: AsyncRead + AsyncWrite + Unpin> Future for Driver<IO> {
     type Output = Ended;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Ended> {
-        let this = self.get_mut();
-        let ended = match Pin::new(&mut this.connection).poll(cx) {
-            Poll::Ready(Ok(())) => Ended::Closed,
-            Poll::Ready(Err(error)) => this.turn.watch.explain(error),
-            Poll::Pending => {
-                if let Some(window) = this.turn.new_window() {
-                    this.connection.set_target_window_size(window);
-                }
-                if this.turn.watch.goaway.get() {
-                    this.turn.shared.closing.set(true);
-                }
-                match this.turn.poll_rest(cx) {
-                    Poll::Pending => return Poll::Pending,
-                    Poll::Ready(ended) => ended,
-                }
-            }
-        };
-        this.turn.shared.end(&ended);
-        Poll::Ready(ended)
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Ended> {
+        // Nobody asks a client.
+        self.machine.poll(cx, &mut |_, _| {})
     }
 }

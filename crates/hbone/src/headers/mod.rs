@@ -6,18 +6,19 @@ mod baggage;
 mod forwarded;
 mod traceparent;
 
-use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue};
+use std::fmt;
 
 pub use baggage::{Baggage, Kind};
 pub use forwarded::Forwarded;
 pub use traceparent::TraceParent;
 
-const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
-const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-const NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
+const BAGGAGE: &str = "baggage";
+const FORWARDED: &str = "forwarded";
+const TRACEPARENT: &str = "traceparent";
+const NETWORK: &str = "x-forwarded-network";
 
-/// Longest value of any of these headers that is looked at.
-const VALUE_LIMIT: usize = 4096;
+/// Longest value of any of these headers that is looked at, or written.
+pub(crate) const VALUE_LIMIT: usize = 4096;
 
 /// A header that is not as its specification says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -38,54 +39,76 @@ pub struct Headers {
 }
 
 impl Headers {
-    /// Reads what is there and well-formed.
-    pub fn read(map: &HeaderMap) -> Self {
-        // `baggage` may be split over several headers (W3C Baggage §3.2.1); of the others only one may exist.
-        let mut baggage: Option<Baggage> = None;
-        for value in map.get_all(BAGGAGE).iter().take(8).filter_map(text) {
-            if baggage.get_or_insert_default().merge(value).is_err() {
-                baggage = None;
-                break;
-            }
-        }
-        Self {
-            baggage,
-            forwarded: single(map, FORWARDED).and_then(|value| value.parse().ok()),
-            traceparent: single(map, TRACEPARENT).and_then(|value| value.parse().ok()),
-            network: single(map, NETWORK).filter(|value| is_plain(value)).map(Into::into),
-        }
-    }
-
-    pub(crate) fn write(&self, map: &mut HeaderMap) {
-        let mut put = |name: HeaderName, text: String| {
-            // A value of ours that HTTP cannot carry is left out.
-            if let Ok(value) = HeaderValue::try_from(text) {
-                map.insert(name, value);
-            }
-        };
+    /// Hands over each header that is there: its name, and what writes its value.
+    pub(crate) fn write(&self, put: &mut dyn FnMut(&'static str, &dyn fmt::Display)) {
         if let Some(baggage) = &self.baggage {
-            put(BAGGAGE, baggage.to_string());
+            put(BAGGAGE, baggage);
         }
         if let Some(forwarded) = &self.forwarded {
-            put(FORWARDED, forwarded.to_string());
+            put(FORWARDED, forwarded);
         }
         if let Some(traceparent) = &self.traceparent {
-            put(TRACEPARENT, traceparent.to_string());
+            put(TRACEPARENT, traceparent);
         }
         if let Some(network) = &self.network {
-            put(NETWORK, network.to_string());
+            put(NETWORK, network);
         }
     }
 }
 
-fn single(map: &HeaderMap, name: HeaderName) -> Option<&str> {
-    let mut values = map.get_all(name).iter();
-    let value = values.next().and_then(text)?;
-    values.next().is_none().then_some(value)
+/// Reads the headers of a message one after another; keeps what is there and well-formed.
+#[derive(Debug, Default)]
+pub(crate) struct Reader {
+    headers: Headers,
+    /// How many there were of each: `baggage` may be split over several (W3C Baggage §3.2.1); of the others only one may exist.
+    baggage: u8,
+    forwarded: u8,
+    traceparent: u8,
+    network: u8,
+    spoilt: bool,
 }
 
-fn text(value: &HeaderValue) -> Option<&str> {
-    value.to_str().ok().filter(|text| text.len() <= VALUE_LIMIT)
+impl Reader {
+    pub(crate) fn field(&mut self, name: &[u8], value: &[u8]) {
+        let is = |known: &str| name == known.as_bytes();
+        let Headers { baggage, forwarded, traceparent, network } = &mut self.headers;
+        if is(BAGGAGE) {
+            if once_more(&mut self.baggage) > 8 || self.spoilt {
+                return;
+            }
+            if let Some(value) = text(value)
+                && baggage.get_or_insert_default().merge(value).is_err()
+            {
+                *baggage = None;
+                self.spoilt = true;
+            }
+        } else if is(FORWARDED) {
+            *forwarded = single(&mut self.forwarded, value).and_then(|value| value.parse().ok());
+        } else if is(TRACEPARENT) {
+            *traceparent = single(&mut self.traceparent, value).and_then(|value| value.parse().ok());
+        } else if is(NETWORK) {
+            *network = single(&mut self.network, value).filter(|value| is_plain(value)).map(Into::into);
+        }
+    }
+
+    pub(crate) fn finish(self) -> Headers {
+        self.headers
+    }
+}
+
+fn once_more(seen: &mut u8) -> u8 {
+    *seen = seen.saturating_add(1);
+    *seen
+}
+
+fn single<'a>(seen: &mut u8, value: &'a [u8]) -> Option<&'a str> {
+    (once_more(seen) == 1).then(|| text(value)).flatten()
+}
+
+fn text(value: &[u8]) -> Option<&str> {
+    let visible = |byte: &u8| matches!(byte, b' '..=b'~' | b'\t');
+    let text = std::str::from_utf8(value).ok()?;
+    (value.len() <= VALUE_LIMIT && value.iter().all(visible)).then_some(text)
 }
 
 /// Names as Kubernetes and DNS have them; nothing that could be mistaken for syntax in a log line or a header.

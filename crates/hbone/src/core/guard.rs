@@ -1,0 +1,152 @@
+//! What a peer may do that costs it little and us something: budgets, restored with time.
+//!
+//! | counter | spent by | restored by |
+//! |---|---|---|
+//! | idle | frames that carry nothing: PING, SETTINGS, PRIORITY, unknown and empty ones, and whatever concerns no stream of ours | time |
+//! | updates | WINDOW_UPDATE | what we send: an honest peer takes it and says so; then like the others |
+//! | late | RST_STREAM and HEADERS of streams that are gone | each stream that we reset: the peer may have ended it meanwhile; then like the others |
+//! | abandoned | requests that the peer takes back before they are answered, or spoils | time |
+
+use std::time::Duration;
+
+use super::frame::{self, Frame};
+use crate::error::Flood;
+
+/// Requests that a peer may abandon at once, beyond those that time restores.
+const ABANDONED: u32 = 200;
+/// Abandoned requests that each second restores.
+const ABANDONED_EACH_SECOND: u64 = 10;
+/// Updates of windows that each frame of ours may cause: of the stream and of the connection.
+const UPDATES: u64 = 2;
+/// A frame that the peer takes in pieces may cause updates for each of this many bytes.
+const PIECE: u64 = 1024;
+
+#[derive(Debug)]
+pub(super) struct Guard {
+    budget: u32,
+    left: u32,
+    restored: Duration,
+    abandoned: u32,
+    updates: u64,
+    late: u64,
+}
+
+impl Guard {
+    /// `budget` frames that carry nothing may come at once; an eighth of it comes back every second.
+    pub(super) fn new(budget: u32) -> Self {
+        Self { budget, left: budget, restored: Duration::ZERO, abandoned: 0, updates: 0, late: 0 }
+    }
+
+    /// A frame came that carries nothing.
+    pub(super) fn idle(&mut self, kind: u8, now: Duration) -> Result<(), Flood> {
+        if self.left == 0 {
+            // The time is looked at only when the budget is used up.
+            let eighths = now.saturating_sub(self.restored).as_secs_f64();
+            self.left = (eighths * f64::from(self.budget) / 8.0).min(f64::from(self.budget)) as u32;
+            self.restored = now;
+        }
+        self.left = self.left.checked_sub(1).ok_or(Flood(Frame::name(kind)))?;
+        Ok(())
+    }
+
+    /// The peer gave something to send: what it says of a window is an answer to this.
+    pub(super) fn sent(&mut self, bytes: usize) {
+        self.updates += UPDATES + bytes as u64 / PIECE;
+    }
+
+    /// A window was updated.
+    pub(super) fn update(&mut self, now: Duration) -> Result<(), Flood> {
+        match self.updates.checked_sub(1) {
+            Some(left) => self.updates = left,
+            None => self.idle(frame::WINDOW_UPDATE, now)?,
+        }
+        Ok(())
+    }
+
+    /// We have reset a stream, which the peer does not know yet.
+    pub(super) fn reset(&mut self) {
+        self.late += 1;
+    }
+
+    /// A frame came for a stream that is gone.
+    pub(super) fn late(&mut self, kind: u8, now: Duration) -> Result<(), Flood> {
+        match self.late.checked_sub(1) {
+            Some(left) => self.late = left,
+            None => self.idle(kind, now)?,
+        }
+        Ok(())
+    }
+
+    /// A request that was not answered yet is none any more, by the peer's doing.
+    pub(super) fn abandoned(&mut self, now: Duration) -> Result<(), Flood> {
+        self.abandoned = self.abandoned.saturating_add(1);
+        let allowed = u64::from(ABANDONED) + now.as_secs() * ABANDONED_EACH_SECOND;
+        if u64::from(self.abandoned) > allowed { Err(Flood(Frame::name(frame::RST_STREAM))) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn the_budget_is_restored_with_time() {
+        let mut guard = Guard::new(8);
+        for _ in 0..8 {
+            guard.idle(frame::PING, at(0)).unwrap();
+        }
+        assert_eq!(guard.idle(frame::PING, at(0)), Err(Flood("PING")));
+        for _ in 0..2 {
+            guard.idle(frame::PING, at(2)).unwrap();
+        }
+        assert_eq!(guard.idle(99, at(2)), Err(Flood("unknown")));
+        for _ in 0..8 {
+            guard.idle(frame::PING, at(1000)).unwrap();
+        }
+        assert!(guard.idle(frame::PING, at(1000)).is_err(), "no more than the budget is saved");
+    }
+
+    #[test]
+    fn updates_of_windows_answer_what_was_sent() {
+        let mut guard = Guard::new(3);
+        for _ in 0..1000 {
+            // A peer that returns the window of each byte, of the stream and of the connection.
+            guard.sent(1);
+            guard.update(at(0)).unwrap();
+            guard.update(at(0)).unwrap();
+        }
+        for _ in 0..3 {
+            guard.update(at(0)).unwrap();
+        }
+        assert_eq!(guard.update(at(0)), Err(Flood("WINDOW_UPDATE")));
+    }
+
+    #[test]
+    fn resets_may_cross() {
+        let mut guard = Guard::new(1);
+        for _ in 0..1000 {
+            guard.reset();
+            guard.late(frame::RST_STREAM, at(0)).unwrap();
+        }
+        guard.late(frame::RST_STREAM, at(0)).unwrap();
+        assert_eq!(guard.late(frame::RST_STREAM, at(0)), Err(Flood("RST_STREAM")));
+    }
+
+    #[test]
+    fn requests_may_be_abandoned_now_and_then() {
+        let mut guard = Guard::new(8);
+        for _ in 0..200 {
+            guard.abandoned(at(0)).unwrap();
+        }
+        assert_eq!(guard.abandoned(at(0)), Err(Flood("RST_STREAM")));
+        for second in 1..100 {
+            for _ in 0..9 {
+                guard.abandoned(at(second)).unwrap();
+            }
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Frames that wait to be written, in one piece of memory that is lent while there are any.
+
+use super::frame::{Frame, HEADER};
+use crate::lend::{self, LENT, Lent};
+
+/// Bytes of frames with application data that are gathered at once: whole records of TLS, and less than it seals at once, so
+/// that the other frames of a turn go with them.
+pub(super) const GATHER: usize = 31 * (16 << 10);
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Out {
+    buffer: Option<Buffer>,
+    start: usize,
+    end: usize,
+}
+
+#[derive(Debug)]
+enum Buffer {
+    Lent(Lent),
+    /// For more than a lent buffer holds: a peer that reads nothing has made us answer much.
+    Own(Vec<u8>),
+}
+
+impl Buffer {
+    fn bytes(&mut self) -> &mut [u8] {
+        match self {
+            Self::Lent(lent) => lent,
+            Self::Own(own) => own,
+        }
+    }
+}
+
+impl Out {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// Bytes that wait.
+    pub(crate) fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// What waits.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match &self.buffer {
+            Some(Buffer::Lent(lent)) => &lent[self.start..self.end],
+            Some(Buffer::Own(own)) => &own[self.start..self.end],
+            None => &[],
+        }
+    }
+
+    /// The first `n` bytes have been written.
+    pub(crate) fn written(&mut self, n: usize) {
+        self.start += n;
+        if self.start == self.end {
+            *self = Self::default();
+        }
+    }
+
+    /// Application data that one more frame may carry.
+    pub(super) fn room(&self) -> usize {
+        GATHER.saturating_sub(self.end + HEADER)
+    }
+
+    /// Where the data of the next frame goes; it becomes one by [`data`](Self::data).
+    pub(super) fn space(&mut self, n: usize) -> &mut [u8] {
+        &mut self.reserve(HEADER + n)[HEADER..HEADER + n]
+    }
+
+    /// What was put into [`space`](Self::space) is this frame's.
+    pub(super) fn data(&mut self, frame: Frame) {
+        let end = self.end;
+        self.reserve(HEADER)[..HEADER].copy_from_slice(&frame.bytes());
+        self.end = end + HEADER + frame.length as usize;
+    }
+
+    /// Nothing was put into [`space`](Self::space).
+    pub(super) fn tidy(&mut self) {
+        if self.is_empty() {
+            *self = Self::default();
+        }
+    }
+
+    /// A frame of which everything is known.
+    pub(super) fn frame(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+        let length = u32::try_from(payload.len()).expect("our frames are short");
+        self.put(&Frame { length, kind, flags, stream }.bytes());
+        self.put(payload);
+    }
+
+    pub(super) fn put(&mut self, bytes: &[u8]) {
+        self.reserve(bytes.len())[..bytes.len()].copy_from_slice(bytes);
+        self.end += bytes.len();
+    }
+
+    /// The memory behind what waits, at least `n` bytes.
+    fn reserve(&mut self, n: usize) -> &mut [u8] {
+        let end = self.end;
+        let buffer = self.buffer.get_or_insert_with(|| Buffer::Lent(lend::take()));
+        if end + n > buffer.bytes().len() {
+            let mut own = buffer.bytes()[..end].to_vec();
+            own.resize((end + n).next_multiple_of(LENT), 0);
+            *buffer = Buffer::Own(own);
+        }
+        &mut buffer.bytes()[end..]
+    }
+}
