@@ -36,6 +36,11 @@ impl Credit {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn window(&self) -> u32 {
+        self.window
+    }
+
     pub(super) fn hold(&mut self, bytes: usize) {
         self.held += bytes;
     }

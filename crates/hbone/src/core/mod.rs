@@ -25,6 +25,8 @@ mod out;
 mod receive;
 mod send;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -257,6 +259,11 @@ impl<T: Default> Core<T> {
     /// The peer's first SETTINGS have come.
     pub fn is_settled(&self) -> bool {
         self.peer.settled
+    }
+
+    /// The first bytes of what was gathered have been written, at most `n`.
+    pub fn written(&mut self, n: usize) {
+        self.out.written(n.min(self.out.len()));
     }
 
     pub(crate) fn is_client(&self) -> bool {
