@@ -113,20 +113,24 @@ impl Tunnel {
 
     pub(crate) async fn open_in(&self, slot: Slot, request: &Request) -> Result<(Stream, ResponseHead), OpenError> {
         let link = self.link();
-        if let Some(ended) = link.ended() {
-            return Err(ended.into());
-        }
-        let mut core = link.core.borrow_mut();
-        if core.goaway().is_some() {
-            return Err(OpenError::Full);
-        }
-        let id = core.open(request, Local::default()).ok_or(OpenError::Invalid)?;
-        drop(core);
-        let stream = Stream { id, slot };
+        let stream = Stream { id: self.ask(request)?, slot };
+        let id = stream.id;
         link.expect_reply(id, Instant::now() + self.reply_timeout);
         link.wake_driver();
         let head = poll_fn(|cx| poll_answer(cx, link, id)).await?;
         Ok((stream, head))
+    }
+
+    /// Gathers a request; its stream.
+    fn ask(&self, request: &Request) -> Result<u32, OpenError> {
+        if let Some(ended) = self.link().ended() {
+            return Err(ended.into());
+        }
+        let mut core = self.link().core.borrow_mut();
+        if core.goaway().is_some() {
+            return Err(OpenError::Full);
+        }
+        core.open(request, Local::default()).ok_or(OpenError::Invalid)
     }
 }
 

@@ -1,12 +1,13 @@
 //! Peers that waste our time end their own tunnel and nobody else's.
 
 use h2::server;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::spawn_local;
 use zspire_hbone::{Config, Ended, Flood, Incoming, Reason};
 
 use crate::support::{
     CONTINUATION, Client, DATA, END_HEADERS, GOAWAY, HEADERS, PING, PRIORITY, Peer, RST_STREAM, SETTINGS, Server,
-    accept_all, block, client, connect_block, frame, hello, open, pair, relay, run, sockets, wire,
+    WINDOW_UPDATE, accept_all, block, client, connect_block, frame, hello, open, pair, relay, run, sockets, wire,
 };
 
 fn config() -> Config {
@@ -257,5 +258,157 @@ fn an_honest_peer_is_not_taken_for_a_flood() {
             drop(client.tunnel.open(&crate::support::request("10.0.0.1:80")).await.unwrap());
             streams.borrow_mut().clear();
         }
+    });
+}
+
+/// MadeYouReset (CVE-2025-8671): the peer does not reset its requests, but makes us do so.
+#[test]
+fn requests_that_are_spoilt() {
+    let spoils: [(&str, fn(u32) -> Vec<u8>); 3] = [
+        ("a window opened by nothing", |stream| frame(WINDOW_UPDATE, 0, stream, &[0; 4])),
+        ("a window beyond its size", |stream| frame(WINDOW_UPDATE, 0, stream, &[0x7f, 0xff, 0xff, 0xff])),
+        ("data before the answer", |stream| frame(DATA, 0, stream, &[1])),
+    ];
+    for (what, spoil) in spoils {
+        run(async {
+            let again = move |round: u32| {
+                let stream = 2 * round + 1;
+                [frame(HEADERS, END_HEADERS, stream, &connect_block()), spoil(stream)].concat()
+            };
+            let ended = flooded(hello(), again, |mut incoming| {
+                spawn_local(async move { incoming.abandoned().await });
+            })
+            .await;
+            assert!(matches!(ended, Ended::Flood(_)), "{what}: {ended:?}");
+        });
+    }
+}
+
+#[test]
+fn windows_that_nobody_has_used() {
+    run(async {
+        let ended = flooded(opened(), |_| frame(WINDOW_UPDATE, 0, 0, &[0, 0, 0, 1]), ignore).await;
+        assert_flood(&ended, "WINDOW_UPDATE");
+    });
+}
+
+#[test]
+fn frames_for_streams_that_are_gone() {
+    let done = || [opened(), frame(RST_STREAM, 0, 1, &8u32.to_be_bytes())].concat();
+    run(async {
+        let ended = flooded(done(), |_| frame(RST_STREAM, 0, 1, &8u32.to_be_bytes()), ignore).await;
+        assert_flood(&ended, "RST_STREAM");
+    });
+    run(async {
+        let ended = flooded(done(), |_| frame(HEADERS, END_HEADERS, 1, &connect_block()), ignore).await;
+        assert_flood(&ended, "HEADERS");
+    });
+}
+
+#[test]
+fn requests_beyond_the_limit_of_streams_and_requests_that_are_none() {
+    run(async {
+        let again = |round: u32| frame(HEADERS, END_HEADERS, 2 * round + 1, &connect_block());
+        let ended = flooded(hello(), again, ignore).await;
+        assert_flood(&ended, "HEADERS");
+    });
+    run(async {
+        let get = block(&[(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "x")]);
+        let again = move |round: u32| frame(HEADERS, END_HEADERS, 2 * round + 1, &get);
+        let ended = flooded(hello(), again, ignore).await;
+        assert_flood(&ended, "HEADERS");
+    });
+}
+
+/// An HPACK bomb: a large field in the table, and a byte for each time that it is meant.
+#[test]
+fn a_block_that_unfolds() {
+    run(async {
+        let mut bomb = connect_block();
+        bomb.extend([0x40, 1, b'x', 0x7f, 0xa1, 0x1e]);
+        bomb.extend([b'y'; 4000]);
+        bomb.extend([0xbe; 8000]);
+        let (near, far) = wire();
+        let mut server = Server::new(far, &config());
+        let mut peer = Peer::new(near);
+        peer.send(&[hello(), frame(HEADERS, END_HEADERS, 1, &bomb)].concat()).await;
+        assert_flood(&(&mut server.task).await.unwrap(), "HEADERS");
+        assert!(server.asked.try_recv().is_err());
+    });
+}
+
+/// It asks for answers as fast as it may and takes none: neither they nor anything else is piled up for it.
+#[test]
+fn a_peer_that_reads_nothing_is_not_read_from() {
+    run(async {
+        // A budget that it does not exhaust.
+        let config = Config { idle_frames: u32::MAX, ..Config::default() };
+        let (mut near, far) = tokio::io::duplex(1000);
+        let server = Server::new(far, &config);
+        near.write_all(&hello()).await.unwrap();
+        let ping = frame(PING, 0, 0, &[1; 8]).repeat(1000);
+        let mut taken = 0;
+        loop {
+            let write = tokio::time::timeout(std::time::Duration::from_millis(500), near.write_all(&ping));
+            if write.await.is_err() {
+                break;
+            }
+            taken += ping.len();
+            assert!(taken < 4 << 20, "it is read from for ever");
+        }
+        assert!(!server.task.is_finished());
+    });
+}
+
+/// The smallest frames there are, of a thousand streams at once and both ways: nobody takes that for a flood.
+#[test]
+fn single_bytes_on_many_streams() {
+    run(async {
+        let many = Config { client_streams: 1000, server_streams: 1000, ..config() };
+        let (client, mut server) = pair(&many, &many).await;
+        let mut streams = Vec::new();
+        for _ in 0..1000 {
+            let (ours, theirs) = open(&client, &mut server).await;
+            streams.push((ours.into_io(), theirs.into_io()));
+        }
+        for round in 0..50u8 {
+            for (ours, theirs) in &mut streams {
+                ours.write_all(&[round]).await.unwrap();
+                theirs.write_all(&[!round]).await.unwrap();
+            }
+            for (ours, theirs) in &mut streams {
+                let mut byte = [0];
+                theirs.read_exact(&mut byte).await.unwrap();
+                assert_eq!(byte, [round]);
+                ours.read_exact(&mut byte).await.unwrap();
+                assert_eq!(byte, [!round]);
+            }
+        }
+        assert!(!client.task.is_finished() && !server.task.is_finished());
+    });
+}
+
+/// The same to a foreign server that returns the window of every byte, and by a foreign client.
+#[test]
+fn single_bytes_of_foreign_peers() {
+    run(async {
+        let (near, far) = wire();
+        let Client { tunnel, task } = client(near, &config()).await;
+        let echo = spawn_local(async move {
+            let mut connection = server::handshake(far).await.unwrap();
+            let (_, mut respond) = connection.accept().await.unwrap().unwrap();
+            let mut send = respond.send_response(http::Response::new(()), false).unwrap();
+            drop(respond);
+            for _ in 0..5000 {
+                send.send_data("x".into(), false).unwrap();
+            }
+            while connection.accept().await.is_some() {}
+        });
+        let (stream, _) = tunnel.open(&crate::support::request("10.0.0.1:80")).await.unwrap();
+        let mut stream = stream.into_io();
+        let mut received = vec![0; 5000];
+        stream.read_exact(&mut received).await.unwrap();
+        assert!(!task.is_finished(), "{:?}", tunnel.ended());
+        echo.abort();
     });
 }
