@@ -264,7 +264,8 @@ fn an_honest_peer_is_not_taken_for_a_flood() {
 /// MadeYouReset (CVE-2025-8671): the peer does not reset its requests, but makes us do so.
 #[test]
 fn requests_that_are_spoilt() {
-    let spoils: [(&str, fn(u32) -> Vec<u8>); 3] = [
+    type Spoil = fn(u32) -> Vec<u8>;
+    let spoils: [(&str, Spoil); 3] = [
         ("a window opened by nothing", |stream| frame(WINDOW_UPDATE, 0, stream, &[0; 4])),
         ("a window beyond its size", |stream| frame(WINDOW_UPDATE, 0, stream, &[0x7f, 0xff, 0xff, 0xff])),
         ("data before the answer", |stream| frame(DATA, 0, stream, &[1])),
