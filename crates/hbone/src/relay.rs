@@ -12,7 +12,7 @@
 
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::net::Shutdown;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -157,7 +157,11 @@ impl Relay {
                 Poll::Ready(Ok(())) => {}
             }
             let limit = if core.is_crowded() { IN_A_CROWD } else { ALONE };
-            match core.send(id, limit, |place| self.app.socket.try_read(place)) {
+            let read = |places: &mut [IoSliceMut<'_>]| match places {
+                [one] => self.app.socket.try_read(one),
+                several => self.app.socket.try_read_vectored(several),
+            };
+            match core.send(id, limit, read) {
                 Sent::Parked | Sent::Closed => break Ok(false),
                 Sent::Asked(asked, Ok(n)) => {
                     said = true;

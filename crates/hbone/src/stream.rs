@@ -1,7 +1,7 @@
 //! One stream of a tunnel: an established connection to somewhere, through the peer.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Read};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -127,9 +127,9 @@ impl AsyncWrite for StreamIo {
         let link = &self.stream.slot.0;
         let id = self.stream.id;
         let mut core = link.core.borrow_mut();
-        let sent = core.send(id, bytes.len(), |place| {
-            place.copy_from_slice(&bytes[..place.len()]);
-            Ok(place.len())
+        let sent = core.send(id, bytes.len(), |places| {
+            let mut rest = bytes;
+            places.iter_mut().map(|place| rest.read(place)).sum()
         });
         match sent {
             Sent::Parked => {

@@ -1,11 +1,18 @@
 //! Frames that wait to be written, in one piece of memory that is lent while there are any.
 
+use std::io::IoSliceMut;
+
+use smallvec::SmallVec;
+
 use super::frame::{Frame, HEADER};
 use crate::lend::{self, LENT, Lent};
 
 /// Bytes of frames with application data that are gathered at once: whole records of TLS, and less than it seals at once, so
 /// that the other frames of a turn go with them.
 pub(super) const GATHER: usize = 31 * (16 << 10);
+
+/// Where bytes are put that are to be sent: one place, unless the peer takes small frames only.
+pub(crate) type Places<'a> = SmallVec<[IoSliceMut<'a>; 1]>;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -58,14 +65,17 @@ impl Out {
         }
     }
 
-    /// Application data that one more frame may carry.
-    pub(super) fn room(&self) -> usize {
-        GATHER.saturating_sub(self.end + HEADER)
+    /// Application data that may be added in frames of at most `size` bytes.
+    pub(super) fn room(&self, size: usize) -> usize {
+        let left = GATHER.saturating_sub(self.end);
+        left / (HEADER + size) * size + (left % (HEADER + size)).saturating_sub(HEADER)
     }
 
-    /// Where the data of the next frame goes; it becomes one by [`data`](Self::data).
-    pub(super) fn space(&mut self, n: usize) -> &mut [u8] {
-        &mut self.reserve(HEADER + n)[HEADER..HEADER + n]
+    /// Where the data of the next frames goes, `n` bytes in all; each becomes one by [`data`](Self::data).
+    pub(super) fn space(&mut self, n: usize, size: usize) -> Places<'_> {
+        let total = n + n.div_ceil(size) * HEADER;
+        let frames = self.reserve(total)[..total].chunks_mut(HEADER + size);
+        frames.map(|frame| IoSliceMut::new(&mut frame[HEADER..])).collect()
     }
 
     /// What was put into [`space`](Self::space) is this frame's.

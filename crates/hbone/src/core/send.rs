@@ -1,6 +1,6 @@
 //! What is sent: commands of the owner, as frames that are gathered.
 
-use std::io;
+use std::io::{self, IoSliceMut};
 
 use http::StatusCode;
 
@@ -66,21 +66,22 @@ impl<T: Default> Core<T> {
         Some(entry.data)
     }
 
-    /// Sends bytes of a stream: `fill` puts them where they are written from, and says how many it were. None is the end, after
-    /// which nothing can be sent.
+    /// Sends bytes of a stream: `fill` puts them where they are written from, one place after the other, and says how many it
+    /// were. None is the end, after which nothing can be sent.
     pub(crate) fn send(
         &mut self,
         stream: u32,
         limit: usize,
-        fill: impl FnOnce(&mut [u8]) -> io::Result<usize>,
+        fill: impl FnOnce(&mut [IoSliceMut<'_>]) -> io::Result<usize>,
     ) -> Sent {
         let Some(entry) = self.streams.get_mut(stream).filter(|entry| entry.reset.is_none() && !entry.local_ended)
         else {
             return Sent::Closed;
         };
         let window = usize::try_from(entry.send_window.min(self.send_window)).unwrap_or(0);
-        let room = if self.stalled { 0 } else { self.out.room() };
-        let n = window.min(room).min(self.peer.frame_size as usize).min(self.config.send_buffer).min(limit);
+        let size = self.peer.frame_size as usize;
+        let room = if self.stalled { 0 } else { self.out.room(size) };
+        let n = window.min(room).min(self.config.send_buffer).min(limit);
         if n == 0 {
             if !entry.parked {
                 entry.parked = true;
@@ -88,7 +89,7 @@ impl<T: Default> Core<T> {
             }
             return Sent::Parked;
         }
-        let filled = fill(self.out.space(n));
+        let filled = fill(&mut self.out.space(n, size));
         match filled {
             Ok(0) => self.end(stream),
             Ok(n) => {
@@ -96,7 +97,10 @@ impl<T: Default> Core<T> {
                 self.send_window -= n as i64;
                 self.crowd |= self.sender != 0 && self.sender != stream;
                 self.sender = stream;
-                self.out.data(Frame { length: n as u32, kind: frame::DATA, flags: 0, stream });
+                for start in (0..n).step_by(size) {
+                    let length = size.min(n - start) as u32;
+                    self.out.data(Frame { length, kind: frame::DATA, flags: 0, stream });
+                }
                 self.guard.sent(n);
             }
             Err(_) => self.out.tidy(),

@@ -1,6 +1,7 @@
 //! The core by itself: however its input is cut, whatever two of them do with each other, and what a peer must not do.
 
 use std::collections::BTreeMap;
+use std::io::IoSliceMut;
 use std::time::Duration;
 
 use http::StatusCode;
@@ -219,9 +220,9 @@ impl Side {
         }
         let start = told.sent.len();
         let pattern = move |at: usize| ((start + at) * 7 + stream as usize) as u8;
-        let fill = |place: &mut [u8]| {
-            place.iter_mut().enumerate().for_each(|(at, byte)| *byte = pattern(at));
-            Ok(place.len())
+        let fill = |places: &mut [IoSliceMut<'_>]| {
+            let bytes = places.iter_mut().flat_map(|place| place.iter_mut());
+            Ok(bytes.enumerate().map(|(at, byte)| *byte = pattern(at)).count())
         };
         if let Sent::Asked(_, Ok(n)) = self.core.send(stream, n, fill) {
             told.sent.extend((0..n).map(pattern));
@@ -482,7 +483,7 @@ fn a_goaway_refuses_the_streams_behind_it() {
     assert_eq!((core.goaway(), core.active()), (Some(Reason::NO_ERROR), 2));
 }
 
-/// A peer that takes frames of 16 KiB gets no larger ones; one that changes its mind is heeded.
+/// A peer that takes frames of 16 KiB gets no larger ones, though as many as there are bytes; one that changes its mind is heeded.
 #[test]
 fn frames_are_as_large_as_the_peer_takes_them() {
     let mut core = Core::<()>::client(&Config::default());
@@ -491,18 +492,27 @@ fn frames_are_as_large_as_the_peer_takes_them() {
     let hear = |core: &mut Core<()>, bytes: &[u8]| {
         let mut at = 0;
         while core.receive(bytes, &mut at, NOW).unwrap().is_some() {}
+        core.written(usize::MAX);
     };
-    let sent = |core: &mut Core<()>| match core.send(stream, 1 << 20, |place| Ok(place.len())) {
-        Sent::Asked(n, Ok(_)) => n,
-        other => panic!("{other:?}"),
+    // The sizes of the frames that carry `n` bytes.
+    let send = |core: &mut Core<()>, n: usize| {
+        let all = |places: &mut [IoSliceMut<'_>]| Ok(places.iter().map(|place| place.len()).sum());
+        assert!(matches!(core.send(stream, n, all), Sent::Asked(asked, Ok(sent)) if asked == n && sent == n));
+        let (mut sizes, mut rest) = (Vec::new(), core.out.bytes());
+        while let Some((header, payload)) = rest.split_first_chunk() {
+            let length = Frame::parse(*header).length as usize;
+            sizes.push(length);
+            rest = &payload[length..];
+        }
+        core.written(usize::MAX);
+        sizes
     };
     hear(&mut core, &frame(frame::SETTINGS, 0, 0, &[]));
-    assert_eq!(sent(&mut core), 16 << 10);
+    assert_eq!(send(&mut core, 40_000), [16 << 10, 16 << 10, 40_000 - (32 << 10)]);
     hear(&mut core, &size(20_000));
-    assert_eq!(sent(&mut core), 20_000);
-    let left = 65_535 - (16 << 10) - 20_000;
+    assert_eq!(send(&mut core, 20_000), [20_000]);
     hear(&mut core, &size(1 << 20));
-    assert_eq!(sent(&mut core), left);
+    assert_eq!(send(&mut core, 5535), [5535]);
     assert!(matches!(core.send(stream, 1, |_| Ok(1)), Sent::Parked), "the window is used up");
     // A smaller window for all streams makes it smaller than nothing (§6.9.2).
     hear(&mut core, &frame(frame::SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 1]));

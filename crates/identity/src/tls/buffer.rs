@@ -93,6 +93,10 @@ pub(super) struct Incoming {
 }
 
 impl Incoming {
+    pub(super) fn is_empty(&self) -> bool {
+        self.rest.is_empty() && self.lent.used.is_empty()
+    }
+
     pub(super) fn bytes(&mut self) -> &mut [u8] {
         if self.rest.is_empty() { self.lent.bytes() } else { &mut self.rest }
     }

@@ -159,6 +159,13 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
 
     /// Seals the beginning of what is to be written: whole records, also where it comes in pieces. How much it was.
     fn seal(&mut self, cx: &mut Context<'_>, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        if let [one] = pieces
+            && !one.is_empty()
+        {
+            let one = &one[..one.len().min(PLAIN)];
+            self.seal_one(cx, Plain::Bytes(one))?;
+            return Ok(one.len());
+        }
         let mut record = PIECES.with_borrow_mut(std::mem::take);
         record.clear();
         let sealed = self.seal_records(cx, pieces, &mut record);
@@ -274,7 +281,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for Stream<IO> {
             if !this.opened.is_empty() {
                 this.read_opened(out);
             }
-            let mut starved = false;
+            // Without anything of the peer there is nothing to open, and a turn of a tunnel asks often.
+            let mut starved = this.incoming.is_empty();
             while !this.ended && !starved && out.remaining() > 0 {
                 match this.step(cx, None, Some(out))? {
                     Step::Progress | Step::Sealed => {}
