@@ -54,7 +54,7 @@ fn feed<'a>(config: &Config, pieces: impl Iterator<Item = &'a [u8]>) -> Story {
             match core.receive(piece, &mut at, NOW) {
                 Ok(None) => break,
                 Ok(Some(Event::Data { stream, range, end })) => {
-                    core.taken(stream, range.len());
+                    // Nothing is taken: the credit that is returned goes by the pieces that are taken at once.
                     match story.data.last_mut() {
                         Some((last, bytes)) if *last == stream => bytes.extend(&piece[range]),
                         _ => story.data.push((stream, piece[range].to_vec())),
