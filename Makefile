@@ -4,7 +4,7 @@ SHELL := /bin/bash
 CACHE := $(or $(ZSPIRE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/zspire)
 export PATH := $(PATH):/usr/sbin:/sbin:$(CACHE)/tools-1/bin
 
-.PHONY: help demo test test-spire test-istio test-peers soak check bench profile fuzz docs clean
+.PHONY: help demo test test-spire test-istio test-systemd test-peers soak check bench profile fuzz docs clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
@@ -30,7 +30,12 @@ test-istio: ## run the tests under a real istiod and Kubernetes API server, whic
 	cargo build --locked -p zspire
 	cargo nextest run --locked --workspace --profile istio $(ARGS)
 
-test-peers: test-spire test-istio ## both of these
+test-systemd: ## run the units of deploy/systemd under a real systemd, in namespaces (as root)
+	@scripts/install systemd
+	cargo build --locked -p zspire
+	cargo nextest run --locked --workspace --profile systemd $(ARGS)
+
+test-peers: test-spire test-istio test-systemd ## all three of these
 
 soak: ## the long forms of two tests: 100 handovers under load, pods that come and go for two minutes
 	@scripts/install test

@@ -25,6 +25,7 @@ mod spire;
 mod starting;
 mod supervised;
 mod surviving;
+mod systemd;
 mod telling;
 mod traffic;
 mod waypoints;
