@@ -58,6 +58,8 @@ pub(crate) struct Wanted {
 /// A connection whose route is decided and whose addresses are known.
 struct Routed {
     local: Arc<Local>,
+    /// The address that it leaves by.
+    source: IpAddr,
     connect: SocketAddr,
     upstream: Upstream,
     service: Option<Arc<Service>>,
@@ -184,7 +186,7 @@ impl Wanted {
     async fn route(&mut self, pod: &Pod, failed: &[Str]) -> Result<Routed, Refused> {
         let local = pod.local().await;
         let local = local.map_err(|error| Refused::new(error.label(), Failure::new(Flag::Connect, error)))?;
-        self.check_source(&local)?;
+        let source = self.leave_by(&local)?;
         let mut route = self.discover(pod, &local, failed).await?;
         if let (Err(Reject::UnknownHostname(_)), Asked::Hostname(name, port)) = (&route.decision, &self.destination) {
             let (name, port) = (name.clone(), *port);
@@ -209,21 +211,18 @@ impl Wanted {
         let Target::Address(connect) = upstream.connect else {
             return Err(Refused::new("no_address", Failure::new(Flag::Connect, "the route has no address")));
         };
-        Ok(Routed { local, connect, upstream, service: route.service, choices: route.choices })
+        Ok(Routed { local, source, connect, upstream, service: route.service, choices: route.choices })
     }
 
-    /// A connection carries on with the address that it came from, and the other end may ask policies about it: it must be
-    /// one of the workload's. What came over loopback leaves by none of its own.
-    fn check_source(&self, local: &Local) -> Result<(), Refused> {
-        let (source, workload) = (self.source.ip().to_canonical(), &local.workload);
-        if source.is_loopback() || workload.addresses.is_empty() || workload.addresses.contains(&source) {
-            return Ok(());
-        }
-        let why = format_args!("{source} is not an address of workload {}", workload.uid);
-        Err(Refused::new(
-            "foreign_source",
-            Failure { kind: ErrorKind::PermissionDenied, ..Failure::new(Flag::Deny, why) },
-        ))
+    /// The other end may ask policies about the address that a connection leaves by: it is the one that it came from only if
+    /// that is the workload's.
+    fn leave_by(&self, local: &Local) -> Result<IpAddr, Refused> {
+        let (source, workload) = (self.source.ip(), &local.workload);
+        leave_by(source, &workload.addresses).ok_or_else(|| {
+            let why = format_args!("{source} is not an address of workload {}, and it has none like it", workload.uid);
+            let failure = Failure { kind: ErrorKind::PermissionDenied, ..Failure::new(Flag::Deny, why) };
+            Refused::new("foreign_source", failure)
+        })
     }
 
     /// Routes; where resources are discovered on demand, what the route depends on is asked for first. What nobody answers
@@ -275,6 +274,17 @@ impl Wanted {
         tracing::debug!(source = %self.source, destination = ?self.destination, why = %Steps(&route.why), "routed");
         route
     }
+}
+
+/// The address by which a connection of a workload with these addresses leaves. One that comes from elsewhere, such as a virtual
+/// machine behind the pod or an address that somebody has given it, leaves by the workload's. What came over loopback leaves by
+/// none of its own.
+fn leave_by(source: IpAddr, workload: &[IpAddr]) -> Option<IpAddr> {
+    let source = source.to_canonical();
+    if source.is_loopback() || workload.is_empty() || workload.contains(&source) {
+        return Some(source);
+    }
+    workload.iter().copied().find(|address| address.is_ipv4() == source.is_ipv4())
 }
 
 /// Resolves a hostname to an address, of the family of `like` if there is one.
@@ -364,8 +374,7 @@ impl Routed {
                 stream
             }
             (Path::Tcp, _) => {
-                let connecting =
-                    async { Ok(pod.sockets().connect(self.connect, wanted.source.ip(), Reach::Network).await?) };
+                let connecting = async { Ok(pod.sockets().connect(self.connect, self.source, Reach::Network).await?) };
                 let socket = place.unless_cut(connecting).await?;
                 return Ok(Way::Direct(socket, place));
             }
@@ -383,7 +392,7 @@ impl Routed {
     ) -> Result<Opened, Failure> {
         let key = Key {
             source: credentials.id().clone(),
-            source_address: wanted.source.ip(),
+            source_address: self.source,
             destination: self.connect,
             expected: tunnel.expected.iter().cloned().collect(),
         };
@@ -428,7 +437,7 @@ impl Routed {
             headers: Headers {
                 baggage: Some(baggage(&self.local.workload)),
                 forwarded: Some(Forwarded {
-                    source: wanted.source,
+                    source: (self.source, wanted.source.port()).into(),
                     host: self.service.as_ref().map(|service| (*service.hostname).into()),
                 }),
                 traceparent: Some(TraceParent::new(rng.random(), rng.random())),
@@ -501,5 +510,29 @@ impl std::fmt::Display for Steps<'_> {
             write!(f, "{}{step}", if n == 0 { "" } else { "; " })?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_leave_by_addresses_of_the_workload_alone() {
+        let ips = |text: &str| text.split_whitespace().map(|ip| ip.parse().unwrap()).collect::<Vec<IpAddr>>();
+        let by =
+            |source: &str, workload: &str| leave_by(source.parse().unwrap(), &ips(workload)).map(|ip| ip.to_string());
+        for (source, workload, expected) in [
+            ("10.0.0.1", "10.0.0.1 fd00::1", Some("10.0.0.1")),
+            ("::ffff:10.0.0.1", "10.0.0.1", Some("10.0.0.1")),
+            ("fd00::1", "10.0.0.1 fd00::1", Some("fd00::1")),
+            ("10.99.0.1", "10.0.0.1 fd00::1", Some("10.0.0.1")),
+            ("fd99::1", "10.0.0.1 fd00::1", Some("fd00::1")),
+            ("fd99::1", "10.0.0.1", None),
+            ("127.0.0.1", "10.0.0.1", Some("127.0.0.1")),
+            ("10.99.0.1", "", Some("10.99.0.1")),
+        ] {
+            assert_eq!(by(source, workload).as_deref(), expected, "{source} of {workload}");
+        }
     }
 }

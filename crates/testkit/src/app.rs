@@ -122,6 +122,11 @@ fn listen(netns: &Netns, port: u16) -> TcpListener {
         .unwrap_or_else(|error| panic!("cannot listen on {port}: {error}"))
 }
 
+/// Opens a connection from a namespace that is no pod's, and waits to be greeted.
+pub fn ask(netns: &Netns, to: SocketAddr) -> io::Result<Greeting> {
+    greeting(&connect(netns, to)?)
+}
+
 /// Opens a connection from a namespace.
 pub(crate) fn connect(netns: &Netns, to: SocketAddr) -> io::Result<TcpStream> {
     netns.run(|| TcpStream::connect_timeout(&to, DEADLINE))?.map(patient)

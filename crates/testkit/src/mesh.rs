@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -18,7 +17,7 @@ use zspire_sys::nft::Redirection;
 use zspire_sys::process::in_netns;
 use zspire_sys::topology::{self, Topology};
 
-use crate::app::{self, Greeter, Greeting};
+use crate::app::Greeter;
 use crate::capture::Recording;
 use crate::host::{Host, Serves};
 use crate::istio::{self, Cni, Istio};
@@ -248,11 +247,6 @@ impl Mesh {
         let served = self.pods.iter().find(|pod| pod.host().name == node).expect("the node has a pod");
         served.wait_until_ready();
         old
-    }
-
-    /// Is greeted by a pod where a node's own processes are, such as its kubelet.
-    pub fn ask_from_node(&self, node: &str, to: SocketAddr) -> io::Result<Greeting> {
-        app::greeting(&app::connect(self.node(node), to)?)
     }
 
     /// A command of the node itself.

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::process::{Command, ExitStatus, Output};
 use std::sync::Arc;
 
@@ -98,6 +99,26 @@ impl Pod {
     /// Does something in the pod.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         self.netns().run(f).expect("the namespace can be entered")
+    }
+
+    /// A network behind the pod, as of a virtual machine that runs there: an interface of the pod's leads to it.
+    #[track_caller]
+    pub fn guest(&self, interface: &str) -> Netns {
+        let guest = Netns::new().expect("a namespace");
+        let there = format!("/proc/{}/fd/{}", std::process::id(), guest.as_fd().as_raw_fd());
+        let ip = |netns: &Netns, arguments: &str| {
+            let mut command = Command::new("ip");
+            self.0.world.surroundings(command.args(arguments.split(' ')));
+            let done = in_netns(netns, command).output().expect("ip");
+            assert!(done.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&done.stderr));
+        };
+        ip(self.netns(), &format!("link add {interface} type veth peer name eth0 netns {there}"));
+        ip(self.netns(), &format!("address add 10.0.2.1/24 dev {interface}"));
+        ip(self.netns(), &format!("link set {interface} up"));
+        ip(&guest, "address add 10.0.2.2/24 dev eth0");
+        ip(&guest, "link set eth0 up");
+        ip(&guest, "route add default via 10.0.2.1");
+        guest
     }
 
     /// A command in the pod, with nothing of this process's environment.

@@ -6,7 +6,7 @@ use serde_json::Value;
 use zspire_testkit::flows::{Answer, Answering, Call, Protocol, answer};
 use zspire_testkit::plan::{NAMESPACE, captured};
 use zspire_testkit::process::{pause, resume};
-use zspire_testkit::{Mesh, Pod, hear, mesh, say, uncaptured, until};
+use zspire_testkit::{Mesh, Pod, app, hear, mesh, say, uncaptured, until};
 
 use super::{comes_to_be_refused, comes_to_know};
 use crate::scenario;
@@ -14,7 +14,9 @@ use crate::zds::wait_for_state;
 
 /// A client and a server, each with an agent and a proxy of its own node.
 fn two_nodes() -> Mesh {
-    mesh().istio_cni().node("a").pod("client").node("b").pod("server").pod(captured("late").not_started()).start()
+    let late = captured("late").not_started();
+    let (client, server) = (captured("client").dual_stack(), captured("server").dual_stack());
+    mesh().istio_cni().node("a").pod(client).node("b").pod(server).pod(late).start()
 }
 
 /// What an administrator says of a pod: `istio.io/dataplane-mode`.
@@ -78,6 +80,9 @@ fn pods_are_served_from_the_snapshot_on_and_leave_by_label_end_and_deletion() {
         let _app = server.greet();
         reaches_in_a_tunnel(&client, &server, server.app());
         wait_for_state(&server, &uid, "Up");
+        let v6 = SocketAddr::from((server.v6(), server.app().port()));
+        assert_eq!(client.reaches(v6).from, client.v6());
+        server.access("inbound", |line| line["dst.hbone_addr"] == v6.to_string() && line["error"].is_null());
         // The agent says everything twice when it starts.
         server.metric(&["workload_manager_proxies_started_total 1"]);
 
@@ -103,7 +108,12 @@ fn pods_are_served_from_the_snapshot_on_and_leave_by_label_end_and_deletion() {
         });
         comes_to_be_refused(&client, server.app());
         mesh.istio().remove(&server);
-        wait_for_agents_word(&mesh, "b", &format!("sending delete pod to all ztunnels: {uid}"));
+        // And one that it has never handed over.
+        let (late, never) = (mesh.pod("late"), mesh.istio().uid(&mesh.pod("late")));
+        mesh.istio().remove(&late);
+        for uid in [&uid, &never] {
+            wait_for_agents_word(&mesh, "b", &format!("sending delete pod to all ztunnels: {uid}"));
+        }
         assert_eq!(connections(&server), 1, "whatever was asked, nothing has ended the connection to the agent");
         server.metric(&["workload_manager_proxies_stopped_total 2"]);
     });
@@ -134,7 +144,7 @@ fn pod_is_served_from_its_first_packet_on_and_in_each_new_sandbox() {
         let early = late.open(client.app());
         late.proxy(|proxy| assert!(!proxy.log().contains("\"outbound\"")));
         istio.set_ready(&late, true);
-        assert_eq!(zspire_testkit::app::greeting(&early).unwrap().by, "client");
+        assert_eq!(app::greeting(&early).unwrap().by, "client");
         reaches_in_a_tunnel(&client, &late, late.app());
         reaches_in_a_tunnel(&late, &client, client.app());
 
@@ -241,7 +251,7 @@ fn pods_are_served_again_by_a_proxy_that_was_killed_and_by_a_successor() {
         server.proxy(|proxy| proxy.kill());
         client.is_refused(server.app());
         server.is_refused(client.app());
-        let probe = mesh.ask_from_node("b", server.app()).unwrap();
+        let probe = app::ask(mesh.node("b"), server.app()).unwrap();
         assert_eq!(probe.from.to_string(), "169.254.7.127");
         server.start();
         server.wait_until_ready();
@@ -398,5 +408,32 @@ fn pods_own_annotations_change_their_rules_and_nothing_else() {
         resolver.at(peer.netns(), "peer", (Protocol::Udp, peer.at(53)), None);
         let call = Call { protocol: Protocol::Udp, mark: None, to: peer.at(53) };
         assert_eq!(answer(names.netns(), call), Answer::By("peer".into()));
+    });
+}
+
+#[test]
+fn virtual_machine_behind_a_pod_is_the_pod_to_others() {
+    scenario(|| {
+        let mesh = mesh()
+            .istio_cni()
+            .node("a")
+            .pod(captured("host").not_started())
+            .node("b")
+            .pod("server")
+            .pod(uncaptured("peer"))
+            .start();
+        let [host, server, peer] = ["host", "server", "peer"].map(|name| mesh.pod(name));
+        let virtual_interface = "istio.io/reroute-virtual-interfaces=virt0";
+        mesh.istio().cluster().kubectl(&["-n", NAMESPACE, "annotate", "pod", host.name(), virtual_interface]);
+        let guest = host.guest("virt0");
+        mesh.cni("a").run_pod(&mesh.istio().uid(&host), &host);
+        mesh.istio().set_ready(&host, true);
+        mesh.istio().wait_for_redirection(&host, Some("enabled"));
+        let _apps = [server.greet(), peer.greet()];
+        wait_for_protocol(&host, &server, "HBONE");
+        for to in [&server, &peer] {
+            assert_eq!(app::ask(&guest, to.app()).unwrap().from, host.address());
+        }
+        server.access("inbound", |line| line["src.identity"] == host.spiffe_id());
     });
 }
