@@ -1,5 +1,6 @@
 //! The rules that Istio's node agent puts into a pod, and those of `zspire enroll`: who gets what, flow by flow, is the same, except
-//! where the table says otherwise and why.
+//! where the table says otherwise and why. Connections that are older than the rules end under ours in any case; under Istio's
+//! those go on, past the proxy, that connection tracking knows.
 //!
 //! Sockets of the test are in the proxy's place, at its ports and with its mark. A pod under Istio's rules has been enrolled by
 //! Istio's agent, which is gone by then, as the proxy is; likewise the other.
@@ -140,21 +141,24 @@ fn under_istios_rules(native: &str) {
             .istio_cni()
             .node("a")
             .pod(captured("pod").dual_stack().not_started().with("NATIVE_NFTABLES", native))
+            .pod(captured("tracked").not_started())
             .node("b")
             .pod(uncaptured("peer").dual_stack())
             .start();
-        let pod = mesh.pod("pod");
-        let before = Older::open(&mesh);
+        let (pod, older, tracked) = (mesh.pod("pod"), Older::open(&mesh), Older::open_tracked(&mesh));
         let (istio, cni) = (mesh.istio(), mesh.cni("a"));
-        cni.run_pod(&istio.uid(&pod), &pod);
-        istio.set_ready(&pod, true);
-        istio.wait_for_redirection(&pod, Some("enabled"));
+        for pod in [&pod, &mesh.pod("tracked")] {
+            cni.run_pod(&istio.uid(pod), pod);
+            istio.set_ready(pod, true);
+            istio.wait_for_redirection(pod, Some("enabled"));
+        }
         let rules = pod.command("nft", &["list", "tables"]).output().unwrap();
         let rules = String::from_utf8_lossy(&rules.stdout).into_owned();
         assert_eq!(rules.contains("inet istio-ambient-nat").to_string(), native, "{rules}");
         cni.kill();
-        // Those who wait are not told; those who speak are not heard.
-        assert_eq!((before.told(), before.heard()), ([[false; 2]; 2], [false; 2]));
+        // Those who wait are not told; those who speak are not heard, or go on as they are.
+        assert_eq!((older.told(), older.heard()), ([[false; 2]; 2], [false; 2]));
+        assert_eq!((tracked.told(), tracked.heard()), ([[false; 2]; 2], [true; 2]));
         compare(&mesh, Rules::Istios);
     });
 }
@@ -166,14 +170,19 @@ fn flows_under_our_rules() {
             .shared()
             .node("a")
             .pod(captured("pod").dual_stack().not_started().with("AMBIENT_DNS_CAPTURE", "true"))
+            .pod(captured("tracked").not_started())
             .node("b")
             .pod(uncaptured("peer").dual_stack())
             .start();
-        let before = Older::open(&mesh);
-        mesh.enroll(&mesh.pod("pod"));
+        let older = [Older::open(&mesh), Older::open_tracked(&mesh)];
+        for name in ["pod", "tracked"] {
+            mesh.enroll(&mesh.pod(name));
+        }
         mesh.agent("a", |agent| agent.kill());
         // Those who wait are told at once.
-        assert_eq!((before.told(), before.heard()), ([[true; 2]; 2], [false; 2]));
+        for older in older {
+            assert_eq!((older.told(), older.heard()), ([[true; 2]; 2], [false; 2]));
+        }
         compare(&mesh, Rules::Ours);
     });
 }
@@ -254,8 +263,20 @@ struct Older([[TcpStream; 2]; 2]);
 
 impl Older {
     fn open(mesh: &Mesh) -> Self {
-        let (pod, peer) = (mesh.pod("pod"), mesh.pod("peer"));
-        Self([(&pod, &peer), (&peer, &pod)].map(|(client, server)| {
+        Self::of(&mesh.pod("pod"), &mesh.pod("peer"))
+    }
+
+    /// The same in a pod in which something has asked for the state of connections, so that the kernel keeps it.
+    fn open_tracked(mesh: &Mesh) -> Self {
+        let pod = mesh.pod("tracked");
+        let rules = "add table inet other; add chain inet other c { type filter hook output priority 0; }; \
+                     add rule inet other c ct state established accept";
+        assert!(pod.command("nft", &[rules]).status().unwrap().success());
+        Self::of(&pod, &mesh.pod("peer"))
+    }
+
+    fn of(pod: &Pod, peer: &Pod) -> Self {
+        Self([(pod, peer), (peer, pod)].map(|(client, server)| {
             let listener = server.listen();
             let asking = client.open(server.app());
             let served = listener.accept();
