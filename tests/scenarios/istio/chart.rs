@@ -273,6 +273,10 @@ fn the_chart_is_installed_upgraded_and_uninstalled_beside_ztunnels() {
         assert_eq!(names(&left), Vec::<String>::new());
         assert_eq!(names(&cluster.get(&["priorityclass", "-l", "app.kubernetes.io/instance=zspire"])).len(), 0);
 
+        let in_place = ["upgrade", "ztunnel", CHART, "-n", SYSTEM, "-f", &values("istio")];
+        let why = cluster.try_run("helm", &in_place).unwrap_err();
+        assert!(why.contains("field is immutable"), "{why}");
+
         // In ztunnel's place, with ztunnel's names.
         helm(&["uninstall", "ztunnel"]);
         helm(&["install", "zspire", CHART, "-f", &values("istio")]);
