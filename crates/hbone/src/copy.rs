@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 
 use crate::lend;
 use crate::meter::{self, Counters, End};
+use crate::pipe::{self, Pipe};
 
 /// Carries bytes between two sockets until both directions have ended, or until `cut` completes.
 ///
@@ -61,33 +62,26 @@ enum Side {
     To,
 }
 
+/// A read of this many bytes is taken for bulk: what follows is left to the kernel ([`pipe`]), until it is less again. Below it two
+/// short copies cost less than moving pages.
+const BULK: usize = 64 << 10;
+
 /// One direction. It completes only when a socket fails: after its end it goes on watching for a reset.
 async fn one_way(from: &TcpStream, to: &TcpStream, open: &Cell<u8>, count: impl Fn(usize)) -> (Side, Arc<io::Error>) {
+    let mut bulk = false;
     loop {
         if let Err(error) = from.readable().await {
             return (Side::From, Arc::new(error));
         }
-        let mut buffer = lend::take();
-        let n = match from.try_read(&mut buffer) {
-            Ok(0) => break,
-            Ok(n) => n,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(error) => return (Side::From, Arc::new(error)),
+        let moved = match bulk.then(pipe::take).flatten() {
+            Some(pipe) => by_pipe(pipe, from, to, &count).await,
+            None => by_buffer(from, to, &count).await,
         };
-        let mut rest = &buffer[..n];
-        while !rest.is_empty() {
-            match to.try_write(rest) {
-                Ok(n) => {
-                    rest = &rest[n..];
-                    count(n);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if let Err(error) = to.writable().await {
-                        return (Side::To, Arc::new(error));
-                    }
-                }
-                Err(error) => return (Side::To, Arc::new(error)),
-            }
+        match moved {
+            Ok(0) => break,
+            Ok(n) => bulk = n >= BULK,
+            Err((Side::From, error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err((side, error)) => return (side, Arc::new(error)),
         }
     }
     match SockRef::from(to).shutdown(Shutdown::Write) {
@@ -100,4 +94,45 @@ async fn one_way(from: &TcpStream, to: &TcpStream, open: &Cell<u8>, count: impl 
         Ok(_) => (Side::From, meter::socket_error(from)),
         Err(error) => (Side::From, Arc::new(error)),
     }
+}
+
+/// Moves what one socket has to the other, as much as a pipe holds: the number of bytes, 0 at the end.
+async fn by_pipe(
+    mut pipe: Pipe,
+    from: &TcpStream,
+    to: &TcpStream,
+    count: impl Fn(usize),
+) -> Result<usize, (Side, io::Error)> {
+    let filled = pipe.try_fill(from).map_err(|error| (Side::From, error));
+    while !pipe.is_empty() {
+        match pipe.try_drain(to) {
+            Ok(n) => count(n),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                to.writable().await.map_err(|error| (Side::To, error))?;
+            }
+            Err(error) => return Err((Side::To, error)),
+        }
+    }
+    pipe::give(pipe);
+    filled
+}
+
+/// The same by copying.
+async fn by_buffer(from: &TcpStream, to: &TcpStream, count: impl Fn(usize)) -> Result<usize, (Side, io::Error)> {
+    let mut buffer = lend::take();
+    let n = from.try_read(&mut buffer).map_err(|error| (Side::From, error))?;
+    let mut rest = &buffer[..n];
+    while !rest.is_empty() {
+        match to.try_write(rest) {
+            Ok(n) => {
+                rest = &rest[n..];
+                count(n);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                to.writable().await.map_err(|error| (Side::To, error))?;
+            }
+            Err(error) => return Err((Side::To, error)),
+        }
+    }
+    Ok(n)
 }

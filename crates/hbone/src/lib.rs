@@ -22,6 +22,7 @@ mod keepalive;
 mod lend;
 mod link;
 mod meter;
+mod pipe;
 mod pool;
 mod reason;
 mod relay;

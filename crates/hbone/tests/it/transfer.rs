@@ -1,14 +1,18 @@
 //! Bytes: all of them, in order, in both directions at once, whatever the other streams do.
 
+use std::future::{Future, pending};
+use std::rc::Rc;
+
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::task::spawn_local;
-use zspire_hbone::{Config, End};
+use tokio::sync::oneshot;
+use tokio::task::{JoinHandle, spawn_local};
+use zspire_hbone::{Config, Counters, End, copy};
 
-use crate::support::{Client, Server, open, pair, path, relay, run, until};
+use crate::support::{Client, Server, open, pair, path, relay, run, sockets, until};
 
 const STEP: usize = 100_003;
 
@@ -157,5 +161,71 @@ fn a_reset_is_noticed_behind_bytes_that_nobody_reads() {
         sender.task.abort();
         let end = receiver.task.await.unwrap();
         assert!(matches!(end, End::Reset(_)), "{end}");
+    });
+}
+
+/// Plain copying between an application and a server, until it is done or cut.
+async fn plain(cut: impl Future<Output = ()> + 'static) -> (TcpStream, TcpStream, JoinHandle<End>, Rc<Counters>) {
+    let ((app, near), (far, server)) = tokio::join!(sockets(), sockets());
+    let counters = Rc::new(Counters::default());
+    let counted = counters.clone();
+    let task = spawn_local(async move { copy(near, far, &counted, cut).await });
+    (app, server, task, counters)
+}
+
+/// Small pieces are copied, much of it the kernel moves: nothing of that is to be seen.
+#[test]
+fn plain_copies_are_exact() {
+    run(async {
+        for (seed, total) in [(1, 0), (2, 1), (3, 70_000), (4, 32 << 20)] {
+            let (app, server, task, counters) = plain(pending()).await;
+            let (app_in, app_out) = app.into_split();
+            let (server_in, server_out) = server.into_split();
+            tokio::join!(
+                send(app_out, seed, total),
+                receive(server_in, seed, total),
+                send(server_out, seed + 10, total / 2),
+                receive(app_in, seed + 10, total / 2),
+            );
+            assert!(matches!(task.await.unwrap(), End::Complete));
+            assert_eq!(counters.load(), (total as u64, total as u64 / 2));
+        }
+    });
+}
+
+/// What was under way to somebody who is gone goes to nobody else.
+#[test]
+fn bytes_of_a_plain_connection_that_failed_or_was_cut_are_gone() {
+    run(async {
+        for round in 0..20 {
+            let (cut, told) = oneshot::channel::<()>();
+            let (mut app, server, task, counters) = plain(async move { drop(told.await) }).await;
+            // The server reads nothing: what it does not take is under way in between.
+            let stalled = async {
+                let bytes = vec![0xaa; 1 << 20];
+                while app.write_all(&bytes).await.is_ok() {}
+            };
+            let seen = async {
+                until("much to be under way", || counters.load().0 > 1 << 20).await;
+                match round % 2 {
+                    0 => drop(server.set_zero_linger().map(|()| server)),
+                    _ => drop(cut.send(())),
+                }
+            };
+            tokio::join!(stalled, seen);
+            let end = task.await.unwrap();
+            assert!(matches!(end, End::Other(_) | End::Cut), "{end}");
+
+            let (app, server, task, _) = plain(pending()).await;
+            let ((app_in, app_out), (server_in, server_out)) = (app.into_split(), server.into_split());
+            let total = 4 << 20;
+            tokio::join!(
+                send(app_out, round, total),
+                receive(server_in, round, total),
+                send(server_out, 99, 0),
+                receive(app_in, 99, 0)
+            );
+            assert!(matches!(task.await.unwrap(), End::Complete));
+        }
     });
 }
