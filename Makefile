@@ -13,7 +13,7 @@ demo: ## bring up a mesh on this machine and send traffic through it (ARGS="--on
 	@scripts/install demo
 	@case "$(ARGS)" in *"identity spire"* | *identity=spire*) scripts/install spire ;; esac
 	@cargo build --quiet --release --locked -p zspire
-	@target/release/zspire demo $(ARGS)
+	@PATH="$$PATH:$$(scripts/peers/build spire --folder)" target/release/zspire demo $(ARGS)
 
 test: ## run every test that a change must pass
 	@scripts/install test

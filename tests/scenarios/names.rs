@@ -31,7 +31,7 @@ pub(crate) struct Said {
     code: u8,
     answers: u16,
     authorities: u16,
-    last: Ipv4Addr,
+    pub(crate) last: Ipv4Addr,
 }
 
 fn said(answer: &[u8]) -> Said {

@@ -4,13 +4,14 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-/// What `scripts/peers/build` has built.
+/// What builds them, and knows where they are.
+const BUILD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/peers/build");
+
+/// What it has built.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Peers {
     /// What the script calls it, and the `make test-` target.
     pub(crate) name: &'static str,
-    /// The version in the name of its folder.
-    pub(crate) version: &'static str,
     /// Names another folder that has the programs.
     pub(crate) variable: &'static str,
     /// The programs that have to be there.
@@ -21,14 +22,12 @@ impl Peers {
     /// The folder of the programs.
     #[track_caller]
     pub(crate) fn folder(&self) -> PathBuf {
-        let Self { name, version, variable, programs } = self;
-        let cache = || {
-            let of = |name: &str| std::env::var_os(name).map(PathBuf::from);
-            let home = || Some(of("HOME")?.join(".cache"));
-            of("ZSPIRE_CACHE").or_else(|| Some(of("XDG_CACHE_HOME").or_else(home)?.join("zspire")))
-        };
-        let given = std::env::var_os(variable).map(PathBuf::from);
-        let folder = given.or_else(|| Some(cache()?.join(format!("{name}-{version}")))).expect("there is a HOME");
+        let Self { name, variable, programs } = self;
+        let folder = std::env::var_os(variable).map(PathBuf::from).unwrap_or_else(|| {
+            let said = Command::new(BUILD).args([name, "--folder"]).output().expect("scripts/peers/build is there");
+            assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+            PathBuf::from(String::from_utf8_lossy(&said.stdout).trim())
+        });
         let missing: Vec<_> = programs.iter().filter(|program| !folder.join(program).is_file()).collect();
         assert!(
             missing.is_empty(),

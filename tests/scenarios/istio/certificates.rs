@@ -3,7 +3,7 @@
 use std::fs;
 
 use zspire_testkit::plan::captured;
-use zspire_testkit::{Mesh, Pod, mesh};
+use zspire_testkit::{Mesh, Pod, mesh, until};
 
 use super::{certificate_of, wait_for_state};
 
@@ -129,7 +129,28 @@ fn token_of_a_deleted_pod_is_worth_nothing() {
         let _app = server.greet();
         mesh.istio().cluster().delete(&["-n", "istio-system", "pod", "ztunnel-a"]);
         let late = newcomer(&mesh, "late");
-        wait_for_state(&client, &late.spiffe_id(), "authentication failure");
+        wait_for_state(&client, &late.spiffe_id(), "request impersonation authentication failure");
+        // What the API server has said of a token before, it does not believe for longer than ten seconds.
+        wait_for_state(&client, &late.spiffe_id(), "request authenticate failure");
         client.reaches(server.app());
+    });
+}
+
+#[test]
+fn proxy_of_a_cluster_that_istiod_does_not_know_gets_nothing() {
+    crate::scenario(|| {
+        let mesh = mesh()
+            .istio()
+            .node("a")
+            .pod("client")
+            .node("b")
+            .pod(captured("stray").with("CLUSTER_ID", "elsewhere").not_started())
+            .start();
+        let stray = mesh.pod("stray");
+        until("readiness to say why", || match stray.readiness() {
+            Err(why) if why.contains("authentication failure") => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+        assert_eq!(certificate_of(&stray, &stray.spiffe_id()), None);
     });
 }

@@ -1,12 +1,13 @@
 //! What istiod says of workloads and services, as Kubernetes and Istio objects change.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde_json::{Value, json};
 use zspire_testkit::plan::captured;
 use zspire_testkit::{Mesh, Pod, mesh, uncaptured, until};
 
-use super::{certificate_of, comes_to_be_refused, comes_to_know, comes_to_reach, known, wait_for_state};
+use super::{comes_to_be_refused, comes_to_know, comes_to_reach, known, wait_for_state};
+use crate::names::{A, over_udp, query};
 
 #[track_caller]
 fn comes_to_forget(pod: &Pod, list: &str, (field, value): (&str, &str)) {
@@ -75,14 +76,16 @@ fn pods_that_come_change_and_go() {
         }
 
         // Removed: nobody is left, and its certificate is let go.
+        wait_for_state(&client, &first.spiffe_id(), "Available");
         istio.remove(&first);
         comes_to_be_refused(&client, both);
         comes_to_forget(&client, "workloads", ("name", "first"));
+        comes_to_forget(&client, "certificates", ("identity", &first.spiffe_id()));
 
         // Moved: the same name on another node.
         istio.remove(&second);
         comes_to_forget(&client, "workloads", ("name", "second"));
-        assert_eq!(certificate_of(&client, &second.spiffe_id()), None);
+        comes_to_forget(&other, "certificates", ("identity", &second.spiffe_id()));
         istio.add_on(&second, "a");
         let moved = comes_to_know(&client, "workloads", ("name", "second"), |it| it["node"] == "a");
         assert_eq!(moved["uid"], "Kubernetes//Pod/test/second");
@@ -128,6 +131,9 @@ fn services_of_each_kind() {
             it["endpoints"].as_object().is_some_and(|all| all.len() == 1)
         });
         assert_eq!(known["vips"], json!([]));
+        client.redirect_dns();
+        let said = over_udp(&client, server.at(53), &query("headless.test.svc.cluster.local", A));
+        assert_eq!(IpAddr::from(said.last), server.address(), "{said:?}");
         // Nobody in the mesh: plaintext, to where the slice says.
         let _beyond = mesh.greet_outside(8443);
         comes_to_know(&client, "services", ("name", "legacy"), has_endpoints);
@@ -295,6 +301,14 @@ fn changes_while_istiod_is_away() {
         client.reaches(server.app());
         istio.start_istiod();
         comes_to_forget(&client, "workloads", ("name", "going"));
+        // It was told the versions of the rest, and says nothing of what is the same: two pods have changed, one is gone.
+        let pushed = istio.istiod().process(|istiod| {
+            let log = istiod.log();
+            let first = |line: &&str| line.contains("WDS: PUSH request for node:ztunnel-a.istio-system");
+            log.lines().rev().find(first).map(str::to_owned)
+        });
+        let pushed = pushed.expect("istiod logs what it sends");
+        assert!(pushed.contains("resources:2 removed:1 "), "{pushed}");
         comes_to_know(&client, "workloads", ("name", "server"), |it| it["status"] == "Unhealthy");
         comes_to_know(&client, "workloads", ("name", "coming"), |_| true);
         mesh.enroll(&coming);

@@ -157,11 +157,6 @@ fn tables_are_those_of_a_ztunnel() {
             assert_eq!(rows(&ours), rows(&theirs), "{table}");
             assert!(rows(&ours).len() > 1, "{ours}");
         }
-        // Certificates and connections differ in what they are about, not in what there is to see.
-        let columns = |dump: &str, table: &str| rows(&of_file(&mesh, table, dump))[0].join(" ");
-        for table in ["certificate", "connections"] {
-            assert_eq!(columns(&known, table), columns(&recorded, table));
-        }
         let keys = |dump: &str| {
             let dump: Value = serde_json::from_str(dump).unwrap();
             dump.as_object().unwrap().keys().cloned().collect::<Vec<_>>()

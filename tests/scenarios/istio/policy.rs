@@ -3,7 +3,7 @@
 use zspire_testkit::{Mesh, Pod, mesh, uncaptured, until};
 
 use super::{comes_to_be_refused, comes_to_reach};
-use crate::traffic::{connect, told};
+use crate::traffic::{connect, connect_to, told};
 
 /// A policy of the namespace, with this specification.
 fn policy(name: &str, spec: &str) -> String {
@@ -52,9 +52,14 @@ fn peer_authentication_decides_whether_plaintext_is_taken() {
         let (one, stranger, bystander) = (mesh.pod("one"), mesh.pod("stranger"), mesh.pod("bystander"));
         let _apps = [server.greet(), server.greet_at(9090), bystander.greet()];
         let istio = mesh.istio();
+        let listener = server.listen_at(7070);
+        let [plaintext, tunnelled] = [&stranger, &one].map(|pod| connect_to(pod, server.at(7070), &listener));
+        istio.cluster().apply(&peer_authentication("all", r#"{"mtls":{"mode":"STRICT"}}"#));
+        plaintext.is_cut();
+        tunnelled.goes_on();
+        comes_to_be_refused(&stranger, server.app());
         istio.cluster().apply(&peer_authentication("all", r#"{"mtls":{"mode":"PERMISSIVE"}}"#));
-        stranger.reaches(server.app());
-
+        comes_to_reach(&stranger, server.app());
         istio.cluster().apply(&peer_authentication("all", r#"{"mtls":{"mode":"STRICT"}}"#));
         comes_to_be_refused(&stranger, server.app());
         comes_to_be_refused(&stranger, bystander.app());
@@ -121,6 +126,15 @@ fn authorization_policies_are_enforced_and_live_connections_follow_them() {
             comes_to_reach(pod, server.app());
             pod.is_refused(server.at(9090));
         }
+        let denied = |source: String| format!(r#"{{"action":"DENY","rules":[{{"from":[{{"source":{source}}}]}}]}}"#);
+        cluster.apply(&policy("deny", &denied(format!(r#"{{"ipBlocks":["{}"]}}"#, other.address()))));
+        comes_to_be_refused(&other, server.app());
+        one.reaches(server.app());
+        cluster.apply(&policy("deny", &denied(r#"{"namespaces":["test"]}"#.into())));
+        comes_to_be_refused(&one, server.app());
+        stranger.reaches(server.app());
+        remove(&mesh, "authorizationpolicy", "deny");
+        comes_to_reach(&other, server.app());
         let nowhere = rules.replace(r#""test""#, r#""elsewhere""#);
         cluster.apply(&policy("rules", &nowhere));
         comes_to_be_refused(&one, server.app());

@@ -1,6 +1,8 @@
 //! Traffic between pods of an Istio mesh.
 
-use zspire_testkit::{mesh, uncaptured};
+use std::collections::BTreeSet;
+
+use zspire_testkit::{mesh, uncaptured, until};
 
 #[test]
 fn pods_reach_each_other_by_address_and_by_service() {
@@ -15,13 +17,22 @@ fn pods_reach_each_other_by_address_and_by_service() {
             .pod(uncaptured("plain"))
             .service("both", &["near", "far"])
             .start();
-        let (client, near, far) = (mesh.pod("client"), mesh.pod("near"), mesh.pod("far"));
-        let _servers = [near.greet(), far.greet(), mesh.pod("plain").greet()];
+        let [client, near, far, plain] = ["client", "near", "far", "plain"].map(|name| mesh.pod(name));
+        let _servers = [near.greet(), far.greet(), plain.greet()];
         for server in [&near, &far] {
             client.reaches(server.app());
             let inbound = server.access("inbound", |line| line["error"].is_null());
             assert_eq!(inbound["src.identity"], client.spiffe_id());
         }
-        client.reaches(mesh.service("both"));
+        let mut seen = BTreeSet::new();
+        until("both endpoints to be chosen", || {
+            seen.insert(client.reaches(mesh.service("both")).by);
+            if seen.len() == 2 { Ok(()) } else { Err(format!("{seen:?}")) }
+        });
+        // Who has no proxy is reached and reaches others in plaintext.
+        client.reaches(plain.app());
+        client.access("outbound", |line| line["dst.workload"] == "plain" && line["dst.hbone_addr"].is_null());
+        plain.reaches(far.app());
+        far.access("inbound", |line| line["src.workload"] == "plain" && line["src.identity"].is_null());
     });
 }

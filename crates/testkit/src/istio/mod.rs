@@ -33,7 +33,6 @@ use crate::wait::until;
 /// Istio's programs, and what they run on, of the versions in `scripts/peers/istio/go.mod`.
 const PEERS: Peers = Peers {
     name: "istio",
-    version: "1.31-eed52ebb66ad-1",
     variable: "ZSPIRE_TEST_ISTIO",
     programs: &[
         "etcd",

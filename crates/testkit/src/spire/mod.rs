@@ -30,12 +30,7 @@ use crate::process::Process;
 use crate::wait::until;
 
 /// SPIRE's programs, of the version in `scripts/peers/spire/go.mod`.
-const PEERS: Peers = Peers {
-    name: "spire",
-    version: "1.15.3",
-    variable: "ZSPIRE_TEST_SPIRE",
-    programs: &["spire-server", "spire-agent"],
-};
+const PEERS: Peers = Peers { name: "spire", variable: "ZSPIRE_TEST_SPIRE", programs: &["spire-server", "spire-agent"] };
 /// The user of the first pod's process; each further pod's is one more.
 const FIRST_USER: u32 = 20_001;
 

@@ -10,7 +10,7 @@ use std::process::Command;
 
 use anyhow::Context as _;
 
-/// The version that the demo was tried with, which `scripts/install spire` builds.
+/// The version that the demo was tried with, which `make demo` builds.
 const VERSION: &str = "1.15.3";
 pub(super) const TRUST_DOMAIN: &str = "cluster.local";
 /// The proxies' own.
@@ -26,20 +26,14 @@ pub(super) struct Spire {
 }
 
 impl Spire {
-    /// Finds the programs: on the PATH, else where they are built to.
+    /// Finds the programs on the PATH.
     pub(super) fn find(folder: &Path, address: IpAddr) -> anyhow::Result<Self> {
         let path = std::env::var_os("PATH").unwrap_or_default();
-        let of = |name: &str| std::env::var_os(name).map(PathBuf::from);
-        let cache = of("ZSPIRE_CACHE").or_else(|| {
-            let home = || Some(of("HOME")?.join(".cache"));
-            Some(of("XDG_CACHE_HOME").or_else(home)?.join("zspire"))
-        });
-        let built = cache.map(|cache| cache.join(format!("spire-{VERSION}")));
         let complete =
             |folder: &PathBuf| ["spire-server", "spire-agent"].iter().all(|name| folder.join(name).is_file());
-        let programs = std::env::split_paths(&path).chain(built).find(complete).with_context(|| {
+        let programs = std::env::split_paths(&path).find(complete).with_context(|| {
             format!(
-                "spire-server and spire-agent {VERSION} are not there; \
+                "spire-server and spire-agent {VERSION} are not on the PATH; \
                  `make demo ARGS=\"--identity spire\"` builds them first, once"
             )
         })?;
