@@ -30,6 +30,8 @@ use crate::wait::{until, within};
 /// Where the agent says that it is ready.
 const HEALTH: u16 = 8000;
 const NAME: &str = "istio-cni";
+/// What a test's control groups begin with, before its process: to the agent, they are a kubelet's.
+const GROUP: &str = "kubepods-zspire-test-";
 /// Where everything is by which programs are found.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -282,8 +284,8 @@ impl Groups {
         mount(none, at, Some("cgroup2"), MsFlags::empty(), none).expect(
             "control groups of version 2 can be mounted: this needs root on the machine, or a privileged container",
         );
-        // Seen by the agent as a kubelet's.
-        let own = at.join(format!("kubepods-zspire-test-{}-{node}", std::process::id()));
+        remove_left(at);
+        let own = at.join(format!("{GROUP}{}-{node}", std::process::id()));
         fs::create_dir(&own)
             .expect("control groups can be made: this needs root on the machine, or a privileged container");
         Self { mounted: at.into(), own }
@@ -304,6 +306,18 @@ impl Drop for Groups {
         if !std::thread::panicking() {
             removed.expect("no process is left in the pods' control groups");
             unmounted.expect("it is mounted");
+        }
+    }
+}
+
+/// Removes those of tests that were killed.
+fn remove_left(mounted: &Path) {
+    for entry in fs::read_dir(mounted).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process = name.strip_prefix(GROUP).and_then(|rest| rest.split('-').next());
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            // Another test may be as fast.
+            let _ = remove_groups(&entry.path());
         }
     }
 }

@@ -15,6 +15,7 @@ for folder in usr bin sbin lib lib32 lib64 etc dev sys; do
   elif [ -d "/$folder" ]; then
     mkdir "$folder"
     mount --rbind "/$folder" "$folder"
+    case "$folder" in dev | sys) ;; *) mount -o remount,bind,ro "$folder" ;; esac
   fi
 done
 ln -s ../run var/run
