@@ -32,6 +32,15 @@
 {{- end -}}
 {{- end }}
 
+{{- define "zspire.pullSecrets" -}}
+{{- with .Values.imagePullSecrets | default .Values.global.imagePullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
 {{/* What tells this release's pods from others', Istio's ztunnel among them. */}}
 {{- define "zspire.selector" -}}
 app: ztunnel
