@@ -4,12 +4,14 @@ use std::net::SocketAddr;
 
 use serde_json::Value;
 use zspire_testkit::flows::{Answer, Answering, Call, Protocol, answer};
+use zspire_testkit::istio::Cni;
 use zspire_testkit::plan::{NAMESPACE, captured};
 use zspire_testkit::process::{pause, resume};
 use zspire_testkit::{Mesh, Pod, app, hear, mesh, say, uncaptured, until};
 
 use super::{comes_to_be_refused, comes_to_know};
 use crate::scenario;
+use crate::traffic::Load;
 use crate::zds::wait_for_state;
 
 /// A client and a server, each with an agent and a proxy of its own node.
@@ -238,12 +240,87 @@ fn pods_are_served_while_the_agent_is_stopped_killed_and_back() {
     });
 }
 
+/// How many proxies have left the agent.
+fn left(cni: &Cni) -> usize {
+    cni.agent(|agent| agent.log()).matches("ztunnel disconnected, total").count()
+}
+
+/// Both have the snapshot; the newest alone is told of new pods, both of those that go.
+#[track_caller]
+fn successor_takes_over(mesh: &Mesh) {
+    let [client, server, late] = ["client", "server", "late"].map(|name| mesh.pod(name));
+    let (istio, cni) = (mesh.istio(), mesh.cni("b"));
+    let app = server.listen_at(8081);
+    let load = Load::new(&client, &server);
+    load.during(2, || {
+        let long = client.open(server.at(8081));
+        let long_served = app.accept();
+        let mut old = mesh.start_successor("b");
+        let uid = istio.uid(&late);
+        cni.run_pod(&uid, &late);
+        istio.set_ready(&late, true);
+        istio.wait_for_redirection(&late, Some("enabled"));
+        wait_for_state(&server, &uid, "Up");
+        assert!(!old.log().contains("test/late"), "the old one is not told of it");
+        reaches_in_a_tunnel(&client, &late, late.app());
+        load.more(20);
+        istio.remove(&late);
+        until("the pod to be left", || match server.dump()["workloadState"][&uid].clone() {
+            state if state.is_null() => Ok(()),
+            state => Err(state),
+        });
+        // The old one stops, and takes its time for what lives.
+        let before = left(cni);
+        old.terminate();
+        load.more(20);
+        say(&long, "still");
+        hear(&long_served, "still");
+        drop((long, long_served));
+        assert_eq!(old.ended().code(), Some(0));
+        load.more(20);
+        until("the agent to notice", || if left(cni) > before { Ok(()) } else { Err("it has not") });
+    });
+    reaches_in_a_tunnel(&client, &server, server.app());
+}
+
+/// Pods that come are told to the one before; nobody has those that only the newest was told of.
+#[track_caller]
+fn newest_goes_for_good(mesh: &Mesh) {
+    let [client, server, late] = ["client", "server", "late"].map(|name| mesh.pod(name));
+    let (istio, cni) = (mesh.istio(), mesh.cni("b"));
+    let other = mesh.start_successor("b");
+    istio.add(&late);
+    let uid = istio.uid(&late);
+    cni.run_pod(&uid, &late);
+    cni.plug(&late, &late).unwrap();
+    reaches_in_a_tunnel(&client, &late, late.app());
+    let before = left(cni);
+    server.proxy(|proxy| proxy.kill());
+    until("the agent to notice", || if left(cni) > before { Ok(()) } else { Err("it has not") });
+    client.is_refused(late.app());
+    set_mode(mesh, &server, "none");
+    istio.wait_for_redirection(&server, None);
+    other.line("the end of the pod", |line| line["message"] == "pod is no longer served");
+    set_mode(mesh, &server, "ambient");
+    istio.wait_for_redirection(&server, Some("enabled"));
+    wait_for_protocol(&client, &server, "HBONE");
+    let before = other.log().matches("\"inbound\"").count();
+    client.reaches(server.app());
+    until("the older proxy to serve", || {
+        if other.log().matches("\"inbound\"").count() > before { Ok(()) } else { Err("it has not") }
+    });
+    assert!(!other.log().contains(&uid));
+    // The next has them all.
+    server.start();
+    server.wait_until_ready();
+    reaches_in_a_tunnel(&client, &late, late.app());
+}
+
 #[test]
 fn pods_are_served_again_by_a_proxy_that_was_killed_and_by_a_successor() {
     scenario(|| {
         let mesh = two_nodes();
         let [client, server, late] = ["client", "server", "late"].map(|name| mesh.pod(name));
-        let (istio, cni) = (mesh.istio(), mesh.cni("b"));
         let _apps = [client.greet(), server.greet(), late.greet()];
         reaches_in_a_tunnel(&client, &server, server.app());
 
@@ -257,63 +334,8 @@ fn pods_are_served_again_by_a_proxy_that_was_killed_and_by_a_successor() {
         server.wait_until_ready();
         reaches_in_a_tunnel(&client, &server, server.app());
 
-        // Two proxies: both have the snapshot, the newest alone is told of new pods, both of those that go.
-        let app = server.listen_at(8081);
-        let long = client.open(server.at(8081));
-        let long_served = app.accept();
-        let mut old = mesh.start_successor("b");
-        let uid = istio.uid(&late);
-        cni.run_pod(&uid, &late);
-        istio.set_ready(&late, true);
-        istio.wait_for_redirection(&late, Some("enabled"));
-        wait_for_state(&server, &uid, "Up");
-        assert!(!old.log().contains("test/late"), "the old one is not told of it");
-        reaches_in_a_tunnel(&client, &late, late.app());
-        client.reaches(server.app());
-        istio.remove(&late);
-        until("the pod to be left", || match server.dump()["workloadState"][&uid].clone() {
-            state if state.is_null() => Ok(()),
-            state => Err(state),
-        });
-        // The old one stops, and takes its time for what lives.
-        let left = || cni.agent(|agent| agent.log()).matches("ztunnel disconnected, total").count();
-        let before = left();
-        old.terminate();
-        client.reaches(server.app());
-        say(&long, "still");
-        hear(&long_served, "still");
-        drop((long, long_served));
-        assert_eq!(old.ended().code(), Some(0));
-        reaches_in_a_tunnel(&client, &server, server.app());
-        until("the agent to notice", || if left() > before { Ok(()) } else { Err("it has not") });
-
-        // The newest goes for good. Pods that come are told to the one before; nobody has those that only the newest was told of.
-        let other = mesh.start_successor("b");
-        istio.add(&late);
-        let uid = istio.uid(&late);
-        cni.run_pod(&uid, &late);
-        cni.plug(&late, &late).unwrap();
-        reaches_in_a_tunnel(&client, &late, late.app());
-        let before = left();
-        server.proxy(|proxy| proxy.kill());
-        until("the agent to notice", || if left() > before { Ok(()) } else { Err("it has not") });
-        client.is_refused(late.app());
-        set_mode(&mesh, &server, "none");
-        istio.wait_for_redirection(&server, None);
-        other.line("the end of the pod", |line| line["message"] == "pod is no longer served");
-        set_mode(&mesh, &server, "ambient");
-        istio.wait_for_redirection(&server, Some("enabled"));
-        wait_for_protocol(&client, &server, "HBONE");
-        let before = other.log().matches("\"inbound\"").count();
-        client.reaches(server.app());
-        until("the older proxy to serve", || {
-            if other.log().matches("\"inbound\"").count() > before { Ok(()) } else { Err("it has not") }
-        });
-        assert!(!other.log().contains(&uid));
-        // The next has them all.
-        server.start();
-        server.wait_until_ready();
-        reaches_in_a_tunnel(&client, &late, late.app());
+        successor_takes_over(&mesh);
+        newest_goes_for_good(&mesh);
     });
 }
 
