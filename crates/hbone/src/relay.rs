@@ -4,7 +4,8 @@
 //!  application ── EOF ──▶ END_STREAM      reset ──▶ RST_STREAM(CONNECT_ERROR)
 //!  stream ── END_STREAM ──▶ FIN, after all bytes      RST_STREAM or the tunnel's end ──▶ reset
 //! ```
-//! Each direction ends by itself; neither message ever becomes the other. Stream credit goes back to the peer when the
+//! A stream that is reset without an error (NO_ERROR) after END_STREAM was closed in good order by a peer that wants nothing more
+//! (RFC 9113 §8.1): the application gets all bytes, and a close. Each direction ends by itself; neither message ever becomes the other. Stream credit goes back to the peer when the
 //! application has taken the bytes. An idle relay holds no buffer.
 //!
 //! What the application sends is read straight into the frame that carries it. What comes for it is written by the tunnel's
@@ -92,7 +93,8 @@ impl Relay {
         let mut core = link.core.borrow_mut();
         let Some(entry) = core.get_mut(id) else { return Err(End::Reset(Reason::CANCEL)) };
         keep(&mut entry.data.waker, cx.waker());
-        if let Some(reason) = entry.reset() {
+        let reset = entry.reset();
+        if let Some(reason) = reset.filter(|reason| !entry.remote_ended() || *reason != Reason::NO_ERROR) {
             return Err(End::Reset(reason));
         }
         if !entry.is_closed()
@@ -111,6 +113,9 @@ impl Relay {
         }
         if let Some(error) = self.app.failed.take() {
             return Err(End::Application(Arc::new(error)));
+        }
+        if let Some(reason) = reset.filter(|_| entry.data.unread.is_empty()) {
+            return Err(End::Reset(reason));
         }
         let told = !self.told && entry.remote_ended() && entry.data.unread.is_empty();
         let all = entry.local_ended();
@@ -204,7 +209,9 @@ impl Relay {
         }
         // With these goes everything else that has the socket.
         drop((watch, stream));
-        if let (Some(app), false) = (Rc::into_inner(app), matches!(end, End::Complete | End::Application(_))) {
+        // A peer that wants nothing more, after all that it had to say, has closed as an application does that has read enough.
+        let orderly = matches!(end, End::Complete | End::Application(_) | End::Reset(Reason::NO_ERROR));
+        if let (Some(app), false) = (Rc::into_inner(app), orderly) {
             meter::reset(app.socket);
         }
     }

@@ -93,11 +93,11 @@ impl AsyncRead for StreamIo {
         let Some(entry) = core.get_mut(id) else { return Poll::Ready(Ok(())) };
         let bytes = entry.data.unread.first();
         if bytes.is_empty() {
-            if let Some(error) = failed {
-                return Poll::Ready(Err(error));
-            }
             if entry.remote_ended() {
                 return Poll::Ready(Ok(()));
+            }
+            if let Some(error) = failed {
+                return Poll::Ready(Err(error));
             }
             keep(&mut entry.data.waker, cx.waker());
             return Poll::Pending;

@@ -6,7 +6,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use zspire_hbone::{Config, Counters, End, Reason, copy};
 
-use crate::support::{Path, open, pair, path, relay, run, sockets, until};
+use crate::support::{
+    DATA, END_HEADERS, END_STREAM, HEADERS, Path, Peer, RST_STREAM, SETTINGS, client, frame, open, pair, path, relay,
+    request, run, sockets, until, wire,
+};
 
 /// What a reader sees at the end of its connection.
 #[derive(Debug, PartialEq)]
@@ -243,5 +246,31 @@ fn without_a_tunnel_the_ends_are_told_the_same_way() {
         reset(server);
         assert_eq!(read_all(&mut app).await, (vec![], Seen::Reset));
         assert!(matches!(task.await.unwrap(), End::Other(_)));
+    });
+}
+
+/// RFC 9113 §8.1: a server that has said everything may reset a stream without an error. Nothing of what it said is lost by that.
+#[test]
+fn a_reset_without_an_error_after_the_end_is_a_close() {
+    run(async {
+        let (near, far) = wire();
+        let client = client(near, &Config::default()).await;
+        let mut peer = Peer::server(far);
+        let bytes = vec![7; 100_000];
+        let mut all = frame(SETTINGS, 0, 0, &[]);
+        // `:status: 200`.
+        all.extend(frame(HEADERS, END_HEADERS, 1, &[0x88]));
+        for piece in bytes.chunks(10_000) {
+            all.extend(frame(DATA, 0, 1, piece));
+        }
+        all.extend(frame(DATA, END_STREAM, 1, &[]));
+        all.extend(frame(RST_STREAM, 0, 1, &[0; 4]));
+        let request = request("10.0.0.1:80");
+        let (opened, ()) = tokio::join!(client.tunnel.open(&request), peer.send(&all));
+        let (mut app, socket) = sockets().await;
+        let relay = relay(opened.unwrap().0, socket);
+        assert_eq!(read_all(&mut app).await, (bytes, Seen::Eof));
+        let end = relay.task.await.unwrap();
+        assert!(matches!(end, End::Reset(Reason::NO_ERROR)), "{end}");
     });
 }
