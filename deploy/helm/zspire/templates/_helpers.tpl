@@ -7,10 +7,13 @@
 {{ .Values.serviceAccount.name | default (include "zspire.name" .) }}
 {{- end }}
 
-{{/* A value that `global` may hold for several charts; what is set for this one wins. Call: (list $ "tag"). */}}
+{{/* A value that `global` may hold for several charts; what is set for this one wins, also if it is empty or false. Call:
+     (list $ "hub"). */}}
 {{- define "zspire.shared" -}}
 {{- $root := index . 0 }}{{ $key := index . 1 }}
-{{- coalesce (get $root.Values $key) (get $root.Values.global $key) | default "" }}
+{{- $value := index $root.Values $key }}
+{{- if kindIs "invalid" $value }}{{ $value = index $root.Values.global $key }}{{ end }}
+{{- if not (kindIs "invalid" $value) }}{{ $value }}{{ end }}
 {{- end }}
 
 {{- define "zspire.platform" -}}
@@ -26,9 +29,7 @@
 {{ .Values.image }}
 {{- else -}}
 {{- $hub := include "zspire.shared" (list . "hub") }}
-{{- $tag := include "zspire.shared" (list . "tag") | default .Chart.AppVersion }}
-{{- $variant := include "zspire.shared" (list . "variant") }}
-{{- with $hub }}{{ . }}/{{ end }}{{ .Values.image }}:{{ $tag }}{{ with $variant }}-{{ . }}{{ end }}
+{{- with $hub }}{{ . }}/{{ end }}{{ .Values.image }}:{{ .Values.tag | default .Chart.AppVersion }}{{ with .Values.variant }}-{{ . }}{{ end }}
 {{- end -}}
 {{- end }}
 

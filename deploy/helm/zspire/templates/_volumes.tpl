@@ -49,16 +49,16 @@
   {{- if eq .workloadApi.volume "csi" }}
   csi: { driver: {{ .workloadApi.csiDriver | quote }}, readOnly: true }
   {{- else }}
-  hostPath: { path: {{ .workloadApi.hostPath | quote }}, type: DirectoryOrCreate }
+  hostPath: { path: {{ .workloadApi.hostPath | quote }}, type: Directory }
   {{- end }}
 {{- end }}
 {{- if and (eq $.Values.identitySource "spire-broker") (not .broker.address) }}
 - name: spire-broker
-  hostPath: { path: {{ .broker.hostPath | quote }}, type: DirectoryOrCreate }
+  hostPath: { path: {{ .broker.hostPath | quote }}, type: Directory }
 {{- end }}
 {{- if eq $.Values.identitySource "spire-delegated" }}
 - name: spire-admin
-  hostPath: { path: {{ .admin.hostPath | quote }}, type: DirectoryOrCreate }
+  hostPath: { path: {{ .admin.hostPath | quote }}, type: Directory }
 {{- end }}
 {{- end }}
 {{- with .Values.volumes }}
