@@ -152,7 +152,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
             Event::Window { stream: None } => self.unpark(),
             Event::Settings => {
                 self.clock.settled();
-                self.unpark();
+                self.link.core.borrow_mut().each(|entry| entry.data.wake());
                 self.link.notify_freed();
             }
             Event::GoAway => {
@@ -169,13 +169,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
         }
     }
 
-    /// Those that could not send may try again.
+    /// Those that had no room to send may try again.
     fn unpark(&self) {
-        let mut core = self.link.core.borrow_mut();
-        // Whoever is woken asks anew, later.
-        while let Some(entry) = core.unpark() {
-            entry.data.wake();
-        }
+        self.link.core.borrow_mut().each_waiting(|entry| entry.data.wake());
     }
 
     /// Hands over what came, stream by stream.

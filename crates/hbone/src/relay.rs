@@ -161,7 +161,7 @@ impl Relay {
                 Poll::Ready(Err(error)) => break Err(End::Application(Arc::new(error))),
                 Poll::Ready(Ok(())) => {}
             }
-            let limit = if core.is_crowded() { IN_A_CROWD } else { ALONE };
+            let limit = if core.is_crowded(id) { IN_A_CROWD } else { ALONE };
             let read = |places: &mut [IoSliceMut<'_>]| match places {
                 [one] => self.app.socket.try_read(one),
                 several => self.app.socket.try_read_vectored(several),

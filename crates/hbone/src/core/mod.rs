@@ -110,8 +110,10 @@ pub struct Core<T> {
     pub(crate) out: Out,
     /// Not everything could be written: nothing more is gathered before it is.
     pub(crate) stalled: bool,
-    /// Streams that want to send and cannot.
-    parked: VecDeque<u32>,
+    /// Streams that want to send and wait for room, by their turn; each keeps its place until it was served.
+    queue: VecDeque<(u64, u32)>,
+    /// The next place in it.
+    place: u64,
     /// The stream that was the last to send, and whether others sent in the same turn.
     sender: u32,
     crowd: bool,
@@ -221,7 +223,8 @@ impl<T: Default> Core<T> {
             credit: Credit::new(config),
             out: Out::default(),
             stalled: false,
-            parked: VecDeque::new(),
+            queue: VecDeque::new(),
+            place: 0,
             sender: 0,
             crowd: false,
             drain: Drain::No,
@@ -310,15 +313,20 @@ impl<T: Default> Core<T> {
         self.streams.each(f);
     }
 
-    /// The streams that wanted to send and could not, in the order in which they asked.
-    pub(crate) fn unpark(&mut self) -> Option<&mut Entry<T>> {
-        while let Some(stream) = self.parked.pop_front() {
-            if self.streams.get(stream).is_some_and(|entry| entry.parked) {
-                let entry = self.streams.get_mut(stream)?;
-                entry.parked = false;
-                return Some(entry);
+    /// Tells the streams that wait for room, in their order. Whoever finds none again keeps its place, so that those who are
+    /// served and want more do not come first for ever.
+    pub(crate) fn each_waiting(&mut self, mut tell: impl FnMut(&mut Entry<T>)) {
+        let streams = &mut self.streams;
+        self.queue.retain(|(place, stream)| match streams.get_mut(*stream) {
+            Some(entry) if entry.place == Some(*place) => {
+                tell(entry);
+                true
             }
+            _ => false,
+        });
+        // What a crowd has needed is not kept.
+        if self.queue.is_empty() {
+            self.queue.shrink_to(16);
         }
-        None
     }
 }

@@ -528,19 +528,19 @@ impl<T: Default> Core<T> {
             if self.send_window > WINDOW_MAX {
                 return Err(violation(Reason::FLOW_CONTROL_ERROR, "the window of the tunnel is too large"));
             }
-            return Ok((!self.parked.is_empty()).then_some(Event::Window { stream: None }));
+            return Ok((!self.queue.is_empty()).then_some(Event::Window { stream: None }));
         }
         self.not_idle(stream)?;
         let Some(entry) = self.streams.get_mut(stream).filter(|entry| !entry.is_closed()) else { return Ok(None) };
         entry.send_window += i64::from(increment);
-        let (parked, window) = (entry.parked, entry.send_window);
+        let (starved, window) = (std::mem::take(&mut entry.starved), entry.send_window);
         if increment == 0 {
             return self.fail(stream, Reason::PROTOCOL_ERROR, now);
         }
         if window > WINDOW_MAX {
             return self.fail(stream, Reason::FLOW_CONTROL_ERROR, now);
         }
-        Ok(parked.then_some(Event::Window { stream: Some(stream) }))
+        Ok(starved.then_some(Event::Window { stream: Some(stream) }))
     }
 }
 

@@ -74,18 +74,24 @@ impl<T: Default> Core<T> {
         limit: usize,
         fill: impl FnOnce(&mut [IoSliceMut<'_>]) -> io::Result<usize>,
     ) -> Sent {
-        let Some(entry) = self.streams.get_mut(stream).filter(|entry| entry.reset.is_none() && !entry.local_ended)
-        else {
+        let Some(entry) = self.streams.get_mut(stream) else { return Sent::Closed };
+        let place = entry.place.take();
+        if entry.reset.is_some() || entry.local_ended {
             return Sent::Closed;
-        };
+        }
         let window = usize::try_from(entry.send_window.min(self.send_window)).unwrap_or(0);
         let size = self.peer.frame_size as usize;
         let room = if self.stalled { 0 } else { self.out.room(size) };
         let n = window.min(room).min(self.config.send_buffer).min(limit);
         if n == 0 {
-            if !entry.parked {
-                entry.parked = true;
-                self.parked.push_back(stream);
+            entry.starved = entry.send_window <= 0;
+            if !entry.starved {
+                // Who was not served keeps its place.
+                entry.place = place.or_else(|| {
+                    self.place += 1;
+                    self.queue.push_back((self.place, stream));
+                    Some(self.place)
+                });
             }
             return Sent::Parked;
         }
@@ -108,9 +114,11 @@ impl<T: Default> Core<T> {
         Sent::Asked(n, filled)
     }
 
-    /// Whether several streams have sent since everything was written the last time.
-    pub(crate) fn is_crowded(&self) -> bool {
+    /// Whether others than this stream wait for room, or have sent since everything was written the last time.
+    pub(crate) fn is_crowded(&self, stream: u32) -> bool {
         self.crowd
+            || (self.sender != 0 && self.sender != stream)
+            || self.queue.iter().any(|(_, other)| *other != stream)
     }
 
     /// Everything that was gathered is written.

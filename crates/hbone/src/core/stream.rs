@@ -25,8 +25,10 @@ pub struct Entry<T> {
     /// The peer has.
     pub(super) remote_ended: bool,
     pub(super) reset: Option<Reason>,
-    /// It wants to send and cannot.
-    pub(super) parked: bool,
+    /// It wants to send and waits for room: its place among those that do.
+    pub(super) place: Option<u64>,
+    /// It wants to send and has no window.
+    pub(super) starved: bool,
     /// What its owner keeps.
     pub data: T,
 }
@@ -94,7 +96,8 @@ impl<T> Streams<T> {
                 local_ended: false,
                 remote_ended: false,
                 reset: None,
-                parked: false,
+                place: None,
+                starved: false,
                 data,
             })
             .into_mut()

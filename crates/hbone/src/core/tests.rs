@@ -202,8 +202,7 @@ impl Side {
                     told.gone = true;
                     self.asked.retain(|asked| *asked != stream);
                 }
-                Event::Window { .. } => while self.core.unpark().is_some() {},
-                Event::Settings | Event::GoAway => {}
+                Event::Window { .. } | Event::Settings | Event::GoAway => {}
             }
         }
         assert_eq!(at, n);
@@ -521,4 +520,35 @@ fn frames_are_as_large_as_the_peer_takes_them() {
     assert!(matches!(core.send(stream, 1, |_| Ok(1)), Sent::Parked));
     hear(&mut core, &frame(frame::WINDOW_UPDATE, 0, stream, &1u32.to_be_bytes()));
     assert!(matches!(core.send(stream, 100, |_| Ok(1)), Sent::Asked(1, Ok(1))));
+}
+
+/// Whoever wants to send is served in turn, also when there is room for few at a time, and those come back at once.
+#[test]
+fn nobody_waits_for_room_for_ever() {
+    let mut core = Core::<()>::client(&Config::default());
+    let mut at = 0;
+    let mut hello = frame(frame::SETTINGS, 0, 0, &[&[0, 4][..], &(1u32 << 30).to_be_bytes()].concat());
+    hello.extend(frame(frame::WINDOW_UPDATE, 0, 0, &(1u32 << 30).to_be_bytes()));
+    while core.receive(&hello, &mut at, NOW).unwrap().is_some() {}
+    let streams: Vec<u32> = (0..10).map(|_| core.open(&request(), ()).unwrap()).collect();
+    core.written(usize::MAX);
+    let mut sent = BTreeMap::<u32, usize>::new();
+    let all = |places: &mut [IoSliceMut<'_>]| Ok(places.iter().map(|place| place.len()).sum());
+    let mut asking = streams.clone();
+    for _ in 0..100 {
+        for stream in asking {
+            // Each takes what it gets, and asks again until there is no room.
+            while let Sent::Asked(_, Ok(n)) = core.send(stream, 150_000, all) {
+                *sent.entry(stream).or_default() += n;
+            }
+        }
+        core.written(usize::MAX);
+        core.turned();
+        asking = Vec::new();
+        core.each_waiting(|entry| asking.push(entry.id));
+        assert_eq!(asking.len(), streams.len(), "all of them wait");
+    }
+    let (least, most) = (sent.values().min().unwrap(), sent.values().max().unwrap());
+    assert_eq!(sent.len(), streams.len());
+    assert!(most - least <= 1 << 20, "{sent:?}");
 }
