@@ -11,6 +11,7 @@ use std::task::Poll;
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+use tokio::task::consume_budget;
 
 use crate::lend;
 use crate::meter::{self, Counters, End};
@@ -70,6 +71,8 @@ const BULK: usize = 64 << 10;
 async fn one_way(from: &TcpStream, to: &TcpStream, open: &Cell<u8>, count: impl Fn(usize)) -> (Side, Arc<io::Error>) {
     let mut bulk = false;
     loop {
+        // Where both sockets are always ready, nothing here waits: the others of this worker, and a cut, want their turns.
+        consume_budget().await;
         if let Err(error) = from.readable().await {
             return (Side::From, Arc::new(error));
         }
@@ -105,6 +108,7 @@ async fn by_pipe(
 ) -> Result<usize, (Side, io::Error)> {
     let filled = pipe.try_fill(from).map_err(|error| (Side::From, error));
     while !pipe.is_empty() {
+        consume_budget().await;
         match pipe.try_drain(to) {
             Ok(n) => count(n),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -117,22 +121,35 @@ async fn by_pipe(
     filled
 }
 
-/// The same by copying.
+/// The same by copying. What the other socket does not take at once is kept in memory of its own size: a reader that sleeps costs no
+/// more than it was sent.
 async fn by_buffer(from: &TcpStream, to: &TcpStream, count: impl Fn(usize)) -> Result<usize, (Side, io::Error)> {
-    let mut buffer = lend::take();
-    let n = from.try_read(&mut buffer).map_err(|error| (Side::From, error))?;
-    let mut rest = &buffer[..n];
+    let (n, kept) = {
+        let mut buffer = lend::take();
+        let n = from.try_read(&mut buffer[..BULK]).map_err(|error| (Side::From, error))?;
+        let taken = write_some(&buffer[..n], to, &count)?;
+        (n, buffer[taken..n].to_vec())
+    };
+    let mut rest = &kept[..];
     while !rest.is_empty() {
-        match to.try_write(rest) {
-            Ok(n) => {
-                rest = &rest[n..];
-                count(n);
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                to.writable().await.map_err(|error| (Side::To, error))?;
-            }
-            Err(error) => return Err((Side::To, error)),
-        }
+        to.writable().await.map_err(|error| (Side::To, error))?;
+        consume_budget().await;
+        rest = &rest[write_some(rest, to, &count)?..];
     }
     Ok(n)
+}
+
+/// Writes what a socket takes now: the number of bytes.
+fn write_some(bytes: &[u8], to: &TcpStream, count: impl Fn(usize)) -> Result<usize, (Side, io::Error)> {
+    if bytes.is_empty() {
+        return Ok(0);
+    }
+    match to.try_write(bytes) {
+        Ok(n) => {
+            count(n);
+            Ok(n)
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        Err(error) => Err((Side::To, error)),
+    }
 }

@@ -36,6 +36,8 @@ pub(crate) struct Machine<IO> {
     came: Vec<Came>,
     /// What was written may not have left.
     unflushed: bool,
+    /// The last turn did not read all there was: there was too much to be written.
+    left_unread: bool,
     /// How it ends when everything has left.
     closing: Option<Ended>,
 }
@@ -50,7 +52,15 @@ impl<IO> Drop for Machine<IO> {
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
     pub(crate) fn new(io: IO, link: Rc<Link>, config: &Config) -> Self {
-        Self { io, link, clock: Clock::new(config), came: Vec::new(), unflushed: false, closing: None }
+        Self {
+            io,
+            link,
+            clock: Clock::new(config),
+            came: Vec::new(),
+            unflushed: false,
+            left_unread: false,
+            closing: None,
+        }
     }
 
     /// One turn. Ready: the tunnel has ended.
@@ -79,6 +89,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
             self.closing = self.is_done();
         }
         let written = self.poll_write(cx)?;
+        // What was left unread for the sake of a peer that did not read: nobody else asks for it when all was written now.
+        more |= self.closing.is_none() && written.is_ready() && self.left_unread;
         if let Some(ended) = &self.closing
             && written.is_ready()
             && Pin::new(&mut self.io).poll_shutdown(cx).is_ready()
@@ -96,11 +108,16 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
     fn read(&mut self, cx: &mut Context<'_>, now: Instant, asked: &mut Asked<'_>) -> Result<bool, Ended> {
         let mut buffer = lend::take();
         let mut total = 0;
-        // A peer that does not read what it makes us answer is not read from either.
-        while !self.link.core.borrow().is_overloaded() {
+        self.left_unread = false;
+        loop {
+            // A peer that does not read what it makes us answer is not read from either.
+            if self.link.core.borrow().is_overloaded() {
+                self.left_unread = true;
+                return Ok(false);
+            }
             let mut room = ReadBuf::new(&mut buffer);
             match Pin::new(&mut self.io).poll_read(cx, &mut room) {
-                Poll::Pending => break,
+                Poll::Pending => return Ok(false),
                 Poll::Ready(Err(error)) => return Err(self.broken(error)),
                 Poll::Ready(Ok(())) => {}
             }
@@ -115,7 +132,6 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
                 return Ok(true);
             }
         }
-        Ok(false)
     }
 
     fn receive(&mut self, bytes: &[u8], now: Instant, asked: &mut Asked<'_>) -> Result<(), Ended> {

@@ -3,7 +3,7 @@
 //!
 //! As with buffers ([`crate::lend`]), an idle connection holds none.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -18,8 +18,12 @@ const SIZE: i32 = 1 << 20;
 /// Pipes kept for reuse by each worker.
 const KEPT: usize = 4;
 
+/// Pipes of each worker, lent and kept: connections whose readers are slow hold theirs, and take descriptors with them.
+const MOST: usize = 64;
+
 thread_local! {
     static SPARE: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
+    static ALL: Cell<usize> = const { Cell::new(0) };
 }
 
 /// An empty pipe, or one whose bytes are on their way.
@@ -30,14 +34,25 @@ pub(crate) struct Pipe {
     holds: usize,
 }
 
-/// An empty pipe; none if no descriptors are left.
+/// An empty pipe; none if there are enough of them, or no descriptors are left.
 pub(crate) fn take() -> Option<Pipe> {
     SPARE.with_borrow_mut(Vec::pop).or_else(|| {
+        if ALL.get() == MOST {
+            return None;
+        }
         let (out, into) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).ok()?;
         // A smaller one takes more turns, and is as good otherwise.
         let _ = fcntl(&into, FcntlArg::F_SETPIPE_SZ(SIZE));
+        ALL.set(ALL.get() + 1);
         Some(Pipe { out, into, holds: 0 })
     })
+}
+
+impl Drop for Pipe {
+    fn drop(&mut self) {
+        // At a worker's end the count is gone before the pipes are.
+        let _ = ALL.try_with(|all| all.set(all.get() - 1));
+    }
 }
 
 /// Gives a pipe back; one with bytes in it is closed instead, and they are gone.

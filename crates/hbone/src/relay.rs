@@ -103,22 +103,20 @@ impl Relay {
             return Err(End::Tunnel(ended));
         }
         let mut taken = 0;
-        while !entry.data.unread.is_empty() && self.app.socket.poll_write_ready(cx).is_ready() {
+        let mut failed = self.app.failed.take();
+        while failed.is_none() && !entry.data.unread.is_empty() && self.app.socket.poll_write_ready(cx).is_ready() {
             let n = self.app.write(&entry.data.unread.slices());
             entry.data.unread.consume(n);
             taken += n;
-            if let Some(error) = self.app.failed.take() {
-                return Err(End::Application(Arc::new(error)));
-            }
+            failed = self.app.failed.take();
         }
-        if let Some(error) = self.app.failed.take() {
-            return Err(End::Application(Arc::new(error)));
-        }
-        if let Some(reason) = reset.filter(|_| entry.data.unread.is_empty()) {
-            return Err(End::Reset(reason));
-        }
+        let end = match failed {
+            Some(error) => Some(End::Application(Arc::new(error))),
+            None => reset.filter(|_| entry.data.unread.is_empty()).map(End::Reset),
+        };
         let told = !self.told && entry.remote_ended() && entry.data.unread.is_empty();
         let all = entry.local_ended();
+        // However the connection goes on: what is not given back is missing in the tunnel for good.
         if taken > 0 {
             core.give(taken);
             core.taken(id, taken);
@@ -127,6 +125,9 @@ impl Relay {
             if said {
                 link.wake_driver();
             }
+        }
+        if let Some(end) = end {
+            return Err(end);
         }
         if told {
             self.told = true;

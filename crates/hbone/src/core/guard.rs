@@ -13,9 +13,9 @@ use super::frame::{self, Frame};
 use crate::error::Flood;
 
 /// Requests that a peer may abandon at once, beyond those that time restores.
-const ABANDONED: u32 = 200;
-/// Abandoned requests that each second restores.
-const ABANDONED_EACH_SECOND: u64 = 10;
+const ABANDONED: u64 = 200;
+/// Abandoned requests that each second restores: as many as impatient clients of a workload that hangs may well give up.
+const ABANDONED_EACH_SECOND: u64 = 100;
 /// Updates of windows that each frame of ours may cause: of the stream and of the connection.
 const UPDATES: u64 = 2;
 /// A frame that the peer takes in pieces may cause updates for each of this many bytes.
@@ -26,7 +26,9 @@ pub(super) struct Guard {
     budget: u32,
     left: u32,
     restored: Duration,
-    abandoned: u32,
+    /// Requests that may be abandoned now, and the second for which that was counted.
+    may_abandon: u64,
+    counted: u64,
     updates: u64,
     late: u64,
 }
@@ -34,7 +36,7 @@ pub(super) struct Guard {
 impl Guard {
     /// `budget` frames that carry nothing may come at once; an eighth of it comes back every second.
     pub(super) fn new(budget: u32) -> Self {
-        Self { budget, left: budget, restored: Duration::ZERO, abandoned: 0, updates: 0, late: 0 }
+        Self { budget, left: budget, restored: Duration::ZERO, may_abandon: ABANDONED, counted: 0, updates: 0, late: 0 }
     }
 
     /// A frame came that carries nothing.
@@ -79,9 +81,11 @@ impl Guard {
 
     /// A request that was not answered yet is none any more, by the peer's doing.
     pub(super) fn abandoned(&mut self, now: Duration) -> Result<(), Flood> {
-        self.abandoned = self.abandoned.saturating_add(1);
-        let allowed = u64::from(ABANDONED) + now.as_secs() * ABANDONED_EACH_SECOND;
-        if u64::from(self.abandoned) > allowed { Err(Flood(Frame::name(frame::RST_STREAM))) } else { Ok(()) }
+        let restored = now.as_secs().saturating_sub(self.counted).saturating_mul(ABANDONED_EACH_SECOND);
+        self.counted = now.as_secs();
+        self.may_abandon = self.may_abandon.saturating_add(restored).min(ABANDONED);
+        self.may_abandon = self.may_abandon.checked_sub(1).ok_or(Flood(Frame::name(frame::RST_STREAM)))?;
+        Ok(())
     }
 }
 
@@ -144,9 +148,13 @@ mod tests {
         }
         assert_eq!(guard.abandoned(at(0)), Err(Flood("RST_STREAM")));
         for second in 1..100 {
-            for _ in 0..9 {
+            for _ in 0..100 {
                 guard.abandoned(at(second)).unwrap();
             }
         }
+        for _ in 0..200 {
+            guard.abandoned(at(100_000)).unwrap();
+        }
+        assert!(guard.abandoned(at(100_000)).is_err(), "the age of a tunnel is no reason for more");
     }
 }

@@ -99,6 +99,8 @@ pub struct Core<T> {
     guard: Guard,
     peer: Peer,
     streams: Streams<T>,
+    /// The peer was told that our header blocks use no table.
+    no_table_said: bool,
     /// The last stream that the peer has opened.
     last_peer: u32,
     /// The next stream that we open.
@@ -222,6 +224,7 @@ impl<T: Default> Core<T> {
             send_window: i64::from(WINDOW),
             credit: Credit::new(config),
             out: Out::default(),
+            no_table_said: false,
             stalled: false,
             queue: VecDeque::new(),
             place: 0,

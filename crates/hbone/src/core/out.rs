@@ -106,13 +106,60 @@ impl Out {
 
     /// The memory behind what waits, at least `n` bytes.
     fn reserve(&mut self, n: usize) -> &mut [u8] {
-        let end = self.end;
+        if self.buffer.as_mut().is_some_and(|buffer| self.end + n > buffer.bytes().len()) {
+            self.make_room(n);
+        }
         let buffer = self.buffer.get_or_insert_with(|| Buffer::Lent(lend::take()));
-        if end + n > buffer.bytes().len() {
-            let mut own = buffer.bytes()[..end].to_vec();
-            own.resize((end + n).next_multiple_of(LENT), 0);
+        &mut buffer.bytes()[self.end..]
+    }
+
+    /// What waits moves to the front, where what was written is: in place if that is at least half of the memory, so that bytes are
+    /// not moved again and again; otherwise to more memory. Either way the memory follows what waits, not what was ever written.
+    fn make_room(&mut self, n: usize) {
+        let Some(buffer) = &mut self.buffer else { return };
+        let (waits, bytes) = (self.start..self.end, buffer.bytes());
+        let len = waits.len();
+        if self.start >= bytes.len() / 2 && len + n <= bytes.len() {
+            bytes.copy_within(waits, 0);
+        } else {
+            let mut own = Vec::with_capacity((2 * (len + n)).next_multiple_of(LENT));
+            own.extend_from_slice(&bytes[waits]);
+            own.resize(own.capacity(), 0);
             *buffer = Buffer::Own(own);
         }
-        &mut buffer.bytes()[end..]
+        (self.start, self.end) = (0, len);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A peer that always leaves a little unread.
+    #[test]
+    fn memory_follows_what_waits_and_not_what_was_written() {
+        let mut out = Out::default();
+        let (mut said, mut heard) = (0_u32, 0_u32);
+        let mut say = |out: &mut Out| {
+            out.put(&said.to_be_bytes());
+            said += 1;
+        };
+        (0..1000).for_each(|_| say(&mut out));
+        for _ in 0..1_000_000 {
+            say(&mut out);
+            assert_eq!(out.bytes()[..4], heard.to_be_bytes());
+            heard += 1;
+            out.written(4);
+        }
+        assert_eq!(out.len(), 4000);
+        assert!(out.buffer.as_mut().unwrap().bytes().len() <= 2 * LENT);
+        // And one that reads nothing for a while.
+        (0..400_000).for_each(|_| say(&mut out));
+        assert!(out.buffer.as_mut().unwrap().bytes().len() <= 2 * out.len() + 2 * LENT);
+        while !out.is_empty() {
+            assert_eq!(out.bytes()[..4], heard.to_be_bytes());
+            heard += 1;
+            out.written(4);
+        }
     }
 }

@@ -92,7 +92,7 @@ impl<T: Default> Core<T> {
                     if rest.is_empty() && data.left > 0 {
                         return Ok(None);
                     }
-                    self.data(data, at, rest)?
+                    self.data(data, at, rest, now)?
                 }
                 Reading::Skip(left) => {
                     let n = left.min(rest.len());
@@ -227,13 +227,16 @@ impl<T: Default> Core<T> {
         self.return_credit();
         let length = frame.length as usize;
         self.reading = Reading::Skip(length);
+        let Some(entry) = self.streams.get_mut(frame.stream).filter(|entry| !entry.is_closed()) else {
+            // It may not have heard yet that the stream is gone.
+            if frame.length == 0 {
+                self.guard.late(frame::DATA, now)?;
+            }
+            return Ok(None);
+        };
         if frame.length == 0 && !frame.has(frame::END_STREAM) {
             self.guard.idle(frame::DATA, now)?;
         }
-        let Some(entry) = self.streams.get_mut(frame.stream).filter(|entry| !entry.is_closed()) else {
-            // It may not have heard yet that the stream is gone.
-            return Ok(None);
-        };
         // Nobody has said that bytes may come: what is sent now must never reach the application.
         let early = !entry.answered && frame.length > 0;
         if entry.remote_ended {
@@ -255,7 +258,7 @@ impl<T: Default> Core<T> {
         Ok(None)
     }
 
-    fn data(&mut self, mut data: Data, at: &mut usize, rest: &[u8]) -> Received {
+    fn data(&mut self, mut data: Data, at: &mut usize, rest: &[u8], now: Duration) -> Received {
         let padding = match data.padding {
             Some(padding) => padding,
             None => {
@@ -272,6 +275,9 @@ impl<T: Default> Core<T> {
                 self.taken(data.stream, 1 + padding);
                 if data.left > 0 {
                     return Ok(None);
+                }
+                if !data.end {
+                    self.guard.idle(frame::DATA, now)?;
                 }
                 padding
             }

@@ -5,6 +5,7 @@ use std::io::{self, IoSliceMut};
 use http::StatusCode;
 
 use super::frame::{self, Frame};
+use super::hpack;
 use super::message::{self, Block};
 use super::{Core, Drain, Role};
 use crate::reason::Reason;
@@ -217,6 +218,10 @@ impl<T: Default> Core<T> {
     /// What we write is shorter than any frame that a peer must take.
     pub(super) fn write_headers(&mut self, stream: u32, block: &Block, end: bool) {
         let flags = frame::END_HEADERS | if end { frame::END_STREAM } else { 0 };
-        self.out.frame(frame::HEADERS, flags, stream, block);
+        if std::mem::replace(&mut self.no_table_said, true) {
+            return self.out.frame(frame::HEADERS, flags, stream, block);
+        }
+        // A peer that allows a smaller table than the usual one waits for this in the first block (RFC 9113 §4.3.1).
+        self.out.frame(frame::HEADERS, flags, stream, &[&[hpack::NO_TABLE], &block[..]].concat());
     }
 }

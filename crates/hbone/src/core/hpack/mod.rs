@@ -12,6 +12,9 @@ use table::Table;
 /// The size of the dynamic table that we allow, which is also what HTTP/2 begins with (RFC 9113 §6.5.2).
 const TABLE: usize = 4096;
 
+/// Said before the first field of a block: the writer keeps no table (RFC 7541 §6.3).
+pub(crate) const NO_TABLE: u8 = 0x20;
+
 /// Why a block cannot be read. Either way the connection has to end: what follows refers to what was not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unreadable {
