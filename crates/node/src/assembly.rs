@@ -238,6 +238,7 @@ impl Node {
         proxy.routing.preferred_service_namespace = c.preferred_service_namespace.as_deref().map(Into::into);
         proxy.tunnel.stream_window = c.http2.stream_window;
         proxy.tunnel.connection_window = c.http2.connection_window;
+        proxy.tunnel.buffered_cap = c.http2.buffered_cap;
         proxy.tunnel.frame_size = c.http2.frame_size;
         proxy.tunnel.client_streams = c.http2.pool_max_streams;
         proxy.unused_release = c.http2.pool_unused_release;

@@ -171,6 +171,8 @@ pub struct Keepalive {
 pub struct Http2 {
     pub stream_window: u32,
     pub connection_window: u32,
+    /// See `ZSPIRE_TUNNEL_BUFFER_SIZE`.
+    pub buffered_cap: u32,
     pub frame_size: u32,
     pub pool_max_streams: usize,
     pub pool_unused_release: Duration,
@@ -666,6 +668,7 @@ fn http2(v: &Values) -> Result<Http2, Error> {
     Ok(Http2 {
         stream_window: between(&opt::HTTP2_STREAM_WINDOW_SIZE, 4 << 20, 65_535, MAX_WINDOW)?,
         connection_window: between(&opt::HTTP2_CONNECTION_WINDOW_SIZE, 16 << 20, 65_535, MAX_WINDOW)?,
+        buffered_cap: between(&opt::ZSPIRE_TUNNEL_BUFFER_SIZE, 64 << 20, 0, MAX_WINDOW)?,
         frame_size: between(&opt::HTTP2_FRAME_SIZE, 1 << 20, 16_384, (1 << 24) - 1)?,
         pool_max_streams,
         pool_unused_release: value::duration(v, &opt::POOL_UNUSED_RELEASE_TIMEOUT, Duration::from_secs(300))?,

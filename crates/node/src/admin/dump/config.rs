@@ -144,6 +144,7 @@ fn data_plane(c: &Config, all: &mut BTreeMap<&str, Value>) {
         ("numWorkerThreads", json!(c.workers)),
         ("windowSize", json!(c.http2.stream_window)),
         ("connectionWindowSize", json!(c.http2.connection_window)),
+        ("tunnelBufferSize", json!(c.http2.buffered_cap)),
         ("frameSize", json!(c.http2.frame_size)),
         ("poolMaxStreamsPerConn", json!(c.http2.pool_max_streams)),
         ("poolUnusedReleaseTimeout", duration(c.http2.pool_unused_release)),
