@@ -10,6 +10,7 @@ mod control;
 mod cutting;
 mod drain;
 mod enroll;
+mod foreign;
 mod handover;
 mod istio;
 mod limits;

@@ -24,7 +24,8 @@ use crate::key::PrivateKey;
 use crate::pem;
 use crate::per_identity::{self, Driver, Failure, Issuer, PerIdentity};
 
-const FILE: &str = "development-ca.pem";
+/// The shared root in its directory: its certificate and its key, PEM.
+pub const FILE: &str = "development-ca.pem";
 const ROOT_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// How the development CA is set up.

@@ -12,6 +12,7 @@
 pub mod app;
 pub mod capture;
 pub mod discovery;
+pub mod envoy;
 pub mod fake_agent;
 pub mod flows;
 pub mod gateway;
@@ -29,6 +30,7 @@ pub mod process;
 pub mod revocation;
 pub mod scenario;
 pub mod spire;
+pub mod transfer;
 pub mod wait;
 pub mod zds;
 
@@ -36,6 +38,7 @@ pub use app::{Ending, Listener, ending, hear, say};
 pub use discovery::Discovery;
 pub use gateway::Gateway;
 pub use mesh::Mesh;
+pub use openssl::Certificate;
 pub use peer::Peer;
 pub use peers::installed;
 pub use plan::{captured, mesh, uncaptured};

@@ -42,8 +42,14 @@ impl Peers {
 #[track_caller]
 pub fn installed(program: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).map(|folder| folder.join(program)).find(|file| file.is_file());
-    found.unwrap_or_else(|| panic!("{program} is not on the PATH: run `scripts/install istio`, or `make test-istio`"))
+    let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    let found =
+        std::env::split_paths(&path).chain(system).map(|folder| folder.join(program)).find(|file| file.is_file());
+    found.unwrap_or_else(|| {
+        panic!(
+            "{program} is not on the PATH: run `scripts/install test`, or the target of `make` that the test belongs to"
+        )
+    })
 }
 
 /// A program of a folder, with nothing of this process's environment.

@@ -141,6 +141,11 @@ impl Pod {
             .expect("the program under test can be started")
     }
 
+    /// What a port on the pod's loopback answers, which speaks HTTP.
+    pub(crate) fn ask_loopback(&self, port: u16, request: &str) -> io::Result<Answer> {
+        http::ask(self.netns(), port, request, &[])
+    }
+
     // Applications.
 
     /// Listens at the application's port.

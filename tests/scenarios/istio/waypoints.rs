@@ -1,96 +1,12 @@
 //! A waypoint: a real Envoy behind a Gateway resource, which takes tunnels and opens others.
 
-use std::fs;
 use std::net::SocketAddr;
 
 use serde_json::{Value, json};
-use zspire_testkit::{Mesh, Pod, installed, mesh, uncaptured, until};
+use zspire_testkit::envoy::{self, Envoy};
+use zspire_testkit::{Mesh, Pod, mesh, uncaptured, until};
 
 use super::comes_to_know;
-
-/// Where Envoy says that it is ready.
-const ENVOY_ADMIN: u16 = 16000;
-
-fn typed(name: &str, mut fields: Value) -> Value {
-    fields["@type"] = format!("type.googleapis.com/{name}").into();
-    fields
-}
-
-/// What Envoy shows to proxies and what it asks of them.
-fn tls([chain, key, root]: &[std::path::PathBuf; 3], peer: &str) -> Value {
-    json!({
-        "tls_params": { "tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3" },
-        "alpn_protocols": ["h2"],
-        "tls_certificates": [{ "certificate_chain": { "filename": chain }, "private_key": { "filename": key } }],
-        "validation_context": {
-            "trusted_ca": { "filename": root },
-            "match_typed_subject_alt_names": [{ "san_type": "URI", "matcher": { "prefix": peer } }],
-        },
-    })
-}
-
-/// Envoy as a waypoint: whatever a tunnel asks for, it opens another one to the server.
-fn envoy(files: &[std::path::PathBuf; 3], server: &Pod) -> Value {
-    const HTTP: &str = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
-    const TCP: &str = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy";
-    let context = |side: &str| format!("envoy.extensions.transport_sockets.tls.v3.{side}TlsContext");
-    let inbound = json!({
-        "name": "hbone",
-        "address": { "socket_address": { "address": "0.0.0.0", "port_value": 15008 } },
-        "filter_chains": [{
-            "transport_socket": { "name": "tls", "typed_config": typed(&context("Downstream"), json!({
-                "require_client_certificate": true, "common_tls_context": tls(files, "spiffe://cluster.local/ns/test/sa/client"),
-            })) },
-            "filters": [{ "name": "http", "typed_config": typed(HTTP, json!({
-                "stat_prefix": "hbone", "codec_type": "HTTP2", "http2_protocol_options": { "allow_connect": true },
-                "upgrade_configs": [{ "upgrade_type": "CONNECT" }],
-                "route_config": { "virtual_hosts": [{ "name": "all", "domains": ["*"], "routes": [{
-                    "match": { "connect_matcher": {} },
-                    "route": { "cluster": "inner", "upgrade_configs": [{ "upgrade_type": "CONNECT", "connect_config": {} }] },
-                }] }] },
-                "http_filters": [{ "name": "router", "typed_config": typed("envoy.extensions.filters.http.router.v3.Router", json!({})) }],
-            })) }],
-        }],
-    });
-    let inner = json!({
-        "name": "inner",
-        "internal_listener": {},
-        "filter_chains": [{ "filters": [{ "name": "tcp", "typed_config": typed(TCP, json!({
-            "stat_prefix": "inner", "cluster": "tunnel", "tunneling_config": { "hostname": server.app().to_string() },
-        })) }] }],
-    });
-    let http2 = json!({ "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": typed(
-        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-        json!({ "explicit_http_config": { "http2_protocol_options": {} } }),
-    ) });
-    let cluster = |name: &str, address: Value, more: Value| {
-        let mut cluster = json!({ "name": name, "load_assignment": { "cluster_name": name, "endpoints": [{
-            "lb_endpoints": [{ "endpoint": { "address": address } }],
-        }] } });
-        cluster.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        cluster
-    };
-    let to_inner =
-        cluster("inner", json!({ "envoy_internal_address": { "server_listener_name": "inner" } }), json!({}));
-    let address = json!({ "socket_address": { "address": server.address(), "port_value": 15008 } });
-    let tunnel = cluster(
-        "tunnel",
-        address,
-        json!({
-            "typed_extension_protocol_options": http2,
-            "transport_socket": { "name": "tls", "typed_config": typed(&context("Upstream"), json!({
-                "common_tls_context": tls(files, &server.spiffe_id()),
-            })) },
-        }),
-    );
-    json!({
-        "admin": { "address": { "socket_address": { "address": "127.0.0.1", "port_value": ENVOY_ADMIN } } },
-        "bootstrap_extensions": [{ "name": "internal", "typed_config": typed(
-            "envoy.extensions.bootstrap.internal_listener.v3.InternalListener", json!({}),
-        ) }],
-        "static_resources": { "listeners": [inbound, inner], "clusters": [to_inner, tunnel] },
-    })
-}
 
 /// The Gateway, and what Istio's deployment controller and Kubernetes' endpoint controller would make of it.
 fn bind(mesh: &Mesh, waypoint: &Pod) {
@@ -147,17 +63,14 @@ fn traffic_to_a_service_and_to_a_workload_goes_through_an_envoy() {
         let _app = server.greet();
         client.reaches(mesh.service("api"));
 
-        let file = mesh.path("envoy.json");
-        fs::write(&file, envoy(&ca.issue("waypoint", &waypoint.spiffe_id()), &server).to_string()).unwrap();
-        let program = installed("envoy").display().to_string();
-        let mut envoy =
-            waypoint.command(&program, &["--concurrency", "1", "--use-dynamic-base-id", "--log-level", "warn", "-c"]);
-        envoy.arg(&file);
-        let mut envoy = mesh.process_of("envoy", envoy);
-        until("Envoy to be ready", || {
-            assert!(envoy.runs(), "{}", envoy.log());
-            waypoint.connect(([127, 0, 0, 1], ENVOY_ADMIN).into()).map(drop)
-        });
+        // Whatever a tunnel asks for, it opens another one to the server.
+        let certificate = ca.issue("waypoint", &waypoint.spiffe_id());
+        let listeners = [
+            envoy::takes_tunnels(&certificate, &client.spiffe_id(), "inner"),
+            envoy::opens_tunnels("inner", None, server.app()),
+        ];
+        let clusters = [envoy::leads_within("inner", "inner"), envoy::tunnel(&certificate, &server)];
+        let _envoy = Envoy::start(&mesh, &waypoint, &listeners, &clusters);
         bind(&mesh, &waypoint);
         let cluster = istio.cluster();
         // How many connections the server has had from somebody.

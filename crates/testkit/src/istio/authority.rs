@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::openssl::certificate;
+use crate::openssl::{Certificate, certificate, leaf};
 
 /// A root and the CA below it.
 #[derive(Debug)]
@@ -55,32 +55,13 @@ impl Authority {
 
     /// Makes a certificate for an identity, in the CA's place: the files of the chain, of the key and of the root.
     #[track_caller]
-    pub fn issue(&self, name: &str, id: &str) -> [PathBuf; 3] {
-        let (key, leaf) = (format!("{name}.key"), format!("{name}.pem"));
-        let files = [
-            ("-keyout", key.clone()),
-            ("-out", leaf.clone()),
-            ("-CA", self.file("ca.pem")),
-            ("-CAkey", self.file("ca.key")),
-        ];
-        let id = format!("subjectAltName=critical,URI:{id}");
-        let uses = [
-            "-subj",
-            "/",
-            "-addext",
-            &id,
-            "-addext",
-            "basicConstraints=critical,CA:FALSE",
-            "-addext",
-            "keyUsage=critical,digitalSignature",
-            "-addext",
-            "extendedKeyUsage=serverAuth,clientAuth",
-        ];
-        certificate(&self.folder, &[&options(&files)[..], &uses].concat());
+    pub fn issue(&self, name: &str, id: &str) -> Certificate {
+        let ca = (self.folder.join(self.file("ca.pem")), self.folder.join(self.file("ca.key")));
+        let (leaf, key) = leaf(&self.folder, name, id, (&ca.0, &ca.1));
         let chain = self.folder.join(format!("{name}-chain.pem"));
-        let leaf = fs::read_to_string(self.folder.join(leaf)).expect("openssl has written it");
+        let leaf = fs::read_to_string(leaf).expect("openssl has written it");
         fs::write(&chain, leaf + &self.read("ca.pem")).expect("the test's own folder");
-        [chain, self.folder.join(key), self.folder.join(self.file("root.pem"))]
+        [chain, key, self.folder.join(self.file("root.pem"))]
     }
 
     fn file(&self, end: &str) -> String {
