@@ -1,22 +1,29 @@
 //! Tunnels with HTTP/2 of others at the other end, in both directions: Envoy's, and libnghttp2 in nghttpx and nghttp.
 //!
-//! The other proxies are real, and so are the applications: sockets in pods. What each of them cannot do is said where a test
-//! would ask for it.
+//! What each of them cannot do is said where a test would ask for it. `make soak` sends more.
 
+use std::collections::BTreeMap;
 use std::net::TcpStream;
+use std::process::Command;
 
+use serde_json::Value;
 use zspire_testkit::app::{finish, reset};
 use zspire_testkit::envoy::{self, Envoy};
-use zspire_testkit::{Ending, Listener, Mesh, captured, ending, hear, mesh, say, transfer, uncaptured, until};
+use zspire_testkit::policy::deny_from;
+use zspire_testkit::{
+    Ending, Listener, Mesh, Nghttpx, Pod, captured, ending, hear, mesh, nghttpx, say, transfer, uncaptured, until,
+};
 
-use crate::scenario;
+use crate::{scenario, soak};
 
 /// Where Envoy takes an application's connections.
 const TAKES: u16 = 15001;
-/// How much is sent, each way: nothing, a byte, a frame, many frames, many windows.
-const SIZES: [u64; 5] = [0, 1, 16 << 10, 1 << 20, 64 << 20];
-/// The last but one.
-const MANY_FRAMES: u64 = SIZES[3];
+/// As many bytes as a frame of most peers holds.
+const FRAME: u64 = 16 << 10;
+/// A few more.
+const MANY_FRAMES: u64 = 1 << 20;
+/// Many windows full, in MiB.
+const MANY_WINDOWS: usize = 64;
 /// How many connections there are at once.
 const MANY: usize = 32;
 
@@ -72,11 +79,12 @@ impl Way<'_> {
 
     /// Everything arrives, and then the end.
     #[track_caller]
-    fn carries(&self, sizes: &[u64]) {
-        for size in sizes {
+    fn carries(&self, end: fn(client: &TcpStream, server: &TcpStream)) {
+        let most = soak("ZSPIRE_SOAK_MEBIBYTES", MANY_WINDOWS) as u64;
+        for size in [0, 1, FRAME, MANY_FRAMES, most << 20] {
             let (client, server) = self.connection();
-            transfer::both_ways(&client, &server, *size);
-            transfer::end(&client, &server);
+            transfer::both_ways(&client, &server, size);
+            end(&client, &server);
         }
     }
 
@@ -111,6 +119,13 @@ fn half_closes(first: &TcpStream, last: &TcpStream) {
     assert_eq!(ending(first), Ending::Orderly);
 }
 
+/// The server's end, after which nothing is asked of its client any more.
+#[track_caller]
+fn server_ends(client: &TcpStream, server: &TcpStream) {
+    finish(server);
+    assert_eq!(ending(client), Ending::Orderly);
+}
+
 /// Waits until Envoy has counted something so often.
 #[track_caller]
 fn counts(envoy: &Envoy, name: &str, times: u64) {
@@ -128,8 +143,8 @@ fn envoy_opens_tunnels_and_everything_arrives() {
         let envoy = envoy_as_client(&mesh);
         let open = || client.open(([127, 0, 0, 1], TAKES).into());
         let way = Way { open: &open, app: server.listen() };
-        way.carries(&SIZES);
-        way.carries_many_at_once(256 << 10);
+        way.carries(transfer::end);
+        way.carries_many_at_once(FRAME * 16);
         way.half_closes();
         assert_eq!(envoy.count("cluster.tunnel.upstream_cx_total"), 1, "one tunnel carries all");
         assert_eq!(envoy.count("cluster.tunnel.http2.rx_reset"), 0);
@@ -154,8 +169,8 @@ fn envoy_takes_tunnels_and_everything_arrives() {
         let envoy = envoy_as_server(&mesh);
         let open = || client.open(server.app());
         let way = Way { open: &open, app };
-        way.carries(&SIZES);
-        way.carries_many_at_once(256 << 10);
+        way.carries(transfer::end);
+        way.carries_many_at_once(FRAME * 16);
         let (asking, served) = way.connection();
         half_closes(&asking, &served);
         assert_eq!(envoy.count("http.hbone.downstream_cx_total"), 1, "one tunnel carries all");
@@ -166,8 +181,7 @@ fn envoy_takes_tunnels_and_everything_arrives() {
         // and its client hears all that was said, and an end in order.
         let (asking, served) = way.connection();
         transfer::one_way(&served, &asking, MANY_FRAMES);
-        finish(&served);
-        assert_eq!(ending(&asking), Ending::Orderly);
+        server_ends(&asking, &served);
         let (asking, served) = way.connection();
         reset(served);
         assert_eq!(ending(&asking), Ending::Reset);
@@ -175,4 +189,140 @@ fn envoy_takes_tunnels_and_everything_arrives() {
         reset(asking);
         counts(&envoy, "http2.rx_reset", 1);
     });
+}
+
+/// From where the server's proxy was called so far, and how often.
+fn callers(server: &Pod) -> BTreeMap<String, usize> {
+    let log = server.proxy(|proxy| proxy.log());
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let inbound = lines.filter(|line| line["scope"] == "access" && line["direction"] == "inbound");
+    let mut callers = BTreeMap::new();
+    for line in inbound {
+        *callers.entry(line["src.addr"].to_string()).or_default() += 1;
+    }
+    callers
+}
+
+/// A request that nghttpx sends to its peer as HTTP/2.
+fn ordinary(method: &str, content: &str) -> String {
+    format!("{method} http://other/ HTTP/1.1\r\nHost: other\r\nContent-Length: {}\r\n\r\n{content}", content.len())
+}
+
+/// nghttpx knows a reset, but no end of one direction alone: a client that ends has gone for it.
+#[test]
+fn nghttp2_opens_tunnels_and_everything_arrives() {
+    scenario(|| {
+        let mesh = foreign_client();
+        let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
+        let nghttpx = Nghttpx::client(&mesh, &client, &server, &["--padding=256"]);
+        let open = || nghttpx.open(server.app());
+        let way = Way { open: &open, app: server.listen() };
+        way.carries(server_ends);
+        way.carries_many_at_once(FRAME * 16);
+        let (asking, served) = way.connection();
+        reset(asking);
+        assert_eq!(ending(&served), Ending::Reset);
+        let (asking, served) = way.connection();
+        reset(served);
+        // As nghttpx tells its client of a reset.
+        assert_eq!(ending(&asking), Ending::Orderly);
+        server.refusal("inbound", "the application's connection failed");
+        let callers = callers(&server);
+        assert_eq!(callers.len(), 1, "one tunnel carries all: {callers:?}");
+    });
+}
+
+#[test]
+fn nghttp2_takes_tunnels_and_everything_arrives() {
+    scenario(|| {
+        let mesh = foreign_server();
+        let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
+        let app = server.listen();
+        let _running = nghttpx::server(&mesh, &server, &["--padding=256"]);
+        let open = || client.open(server.app());
+        let way = Way { open: &open, app };
+        way.carries(server_ends);
+        way.carries_many_at_once(FRAME * 16);
+        let line = client.access("outbound", |line| line["error"].is_null());
+        assert_eq!(line["dst.identity"], server.spiffe_id());
+    });
+}
+
+#[test]
+fn refusals_are_told_in_statuses() {
+    scenario(|| {
+        let mesh = mesh()
+            .node("a")
+            .pod(uncaptured("client"))
+            .pod(uncaptured("intruder"))
+            .node("b")
+            .pod("server")
+            .policy(deny_from("intruder"))
+            .start();
+        let [client, intruder, server] = ["client", "intruder", "server"].map(|name| mesh.pod(name));
+        let _app = server.greet();
+        let nghttpx = Nghttpx::client(&mesh, &client, &server, &[]);
+        for (target, status) in [
+            (server.app(), 200),
+            (server.at(8081), 503),
+            (client.app(), 400),
+            (server.at(15008), 400),
+            (server.app(), 200),
+        ] {
+            assert_eq!(nghttpx.connect(target).1, status, "{target}");
+        }
+        let denied = Nghttpx::client(&mesh, &intruder, &server, &[]);
+        assert_eq!(denied.connect(server.app()).1, 401);
+        server.refusal("inbound", &deny_from("intruder").key());
+    });
+}
+
+#[test]
+fn ordinary_requests_harm_nothing() {
+    const REQUESTS: usize = 2000;
+    scenario(|| {
+        let mesh = foreign_client();
+        let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
+        let nghttpx = Nghttpx::client(&mesh, &client, &server, &[]);
+        let open = || nghttpx.open(server.app());
+        let way = Way { open: &open, app: server.listen() };
+        let (asking, served) = way.connection();
+        // In the tunnel that the connection is in.
+        assert_eq!(nghttpx.ask(&ordinary("GET", "")).unwrap().1, 400);
+        assert_eq!(nghttpx.ask(&ordinary("POST", "content")).unwrap().1, 400);
+        let (many, at) = (REQUESTS.to_string(), nghttpx.url());
+        let said = run(client.command("h2load", &["-n", &many, "-c", "4", "-m", "10", &at]));
+        assert!(said.contains(&format!("0 2xx, 0 3xx, {many} 4xx, 0 5xx")), "{said}");
+        transfer::both_ways(&asking, &served, MANY_FRAMES);
+        drop((asking, served));
+        server.access("inbound", |line| line["dst.workload"] == "server");
+        let callers = callers(&server);
+        assert_eq!(callers.into_values().collect::<Vec<_>>(), [REQUESTS + 3], "lines of one tunnel");
+
+        // In one of their own, in which nghttp says what is to come first (PRIORITY), and more than a frame holds (CONTINUATION).
+        let [chain, key, _] = mesh.certificate("nghttp", &client.spiffe_id()).map(|file| file.display().to_string());
+        let content = mesh.path("content");
+        std::fs::write(&content, vec![b'.'; 100_000]).unwrap();
+        let (content, at) = (content.display().to_string(), format!("https://{}/", server.at(15008)));
+        let common = ["--verbose", "--no-verify-peer", "--multiply=20", "--cert", &chain, "--key", &key];
+        let (asking, served) = way.connection();
+        for (more, status) in
+            [(vec!["--no-push"], 400), (vec!["--padding=256", "--data", &content], 400), (vec!["--continuation"], 431)]
+        {
+            let said = run(client.command("nghttp", &[&common, &more[..], &[&at]].concat()));
+            let answers = said.matches(&format!(":status: {status}")).count();
+            assert_eq!(answers, 20, "{said}");
+            assert!(said.contains("send PRIORITY frame") && !said.contains("recv GOAWAY frame"), "{said}");
+        }
+        transfer::both_ways(&asking, &served, MANY_FRAMES);
+    });
+}
+
+/// What a program says; it has to end well.
+#[track_caller]
+fn run(mut command: Command) -> String {
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    said
 }

@@ -9,13 +9,8 @@ use zspire_testkit::plan::captured;
 use zspire_testkit::zds::Agent;
 use zspire_testkit::{Ending, Pod, ending, hear, mesh, say, until};
 
-use crate::scenario;
 use crate::traffic::Load;
-
-/// How much more than usual is asked for.
-fn soak(name: &str, usual: usize) -> usize {
-    std::env::var(name).ok().and_then(|asked| asked.parse().ok()).unwrap_or(usual)
-}
+use crate::{scenario, soak};
 
 #[test]
 fn new_proxy_takes_over_without_a_refusal_or_a_cut() {

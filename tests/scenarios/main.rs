@@ -78,3 +78,8 @@ use std::path::Path;
 fn scenario(body: impl FnOnce()) {
     zspire_testkit::scenario(Path::new(env!("CARGO_BIN_EXE_zspire-enter")), body);
 }
+
+/// How much more than usual is asked for: see `make soak`.
+fn soak(name: &str, usual: usize) -> usize {
+    std::env::var(name).ok().and_then(|asked| asked.parse().ok()).unwrap_or(usual)
+}
