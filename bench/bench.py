@@ -9,6 +9,7 @@ proxies from /proc; it is the figure to trust.
     --seconds N   length of each sample (3)
     --only A,B    of: traffic, inpod, frames, fairness, policies, services, push, memory, start, workloads, ca, spire
     --work TEXT   only the kinds of work of traffic, inpod and frames that have this in their name
+    --congestion NAME  congestion control of every connection (the default of this machine)
     --profile     nothing of that, but where the time goes in each kind of work
     --json FILE   the figures as JSON as well
 """
@@ -43,13 +44,13 @@ def zspire_env(run, side, mesh):
     }
 
 
-def mesh_file(path):
+def mesh_file(path, nodes=("client", "server")):
     path.write_text(f"""
 workloads:
 - {{uid: bench/client, name: client, namespace: default, serviceAccount: client, workloadIps: ["{CLIENT}"],
-   protocol: HBONE, trustDomain: cluster.local, node: client, network: ""}}
+   protocol: HBONE, trustDomain: cluster.local, node: {nodes[0]}, network: ""}}
 - {{uid: bench/server, name: server, namespace: default, serviceAccount: server, workloadIps: ["{SERVER}"],
-   protocol: HBONE, trustDomain: cluster.local, node: server, network: ""}}
+   protocol: HBONE, trustDomain: cluster.local, node: {nodes[1]}, network: ""}}
 policies:
 - {{action: Allow, name: allow-client, namespace: default, scope: Namespace, dryRun: false,
    rules: [[[{{principals: [!Exact cluster.local/ns/default/sa/client]}}]]]}}
@@ -378,6 +379,7 @@ def main():
     options.add_argument("--seconds", type=int, default=3)
     everything = "traffic,inpod,frames,fairness,policies,services,push,memory,start,workloads,ca,spire"
     options.add_argument("--only", default=everything)
+    options.add_argument("--congestion")
     options.add_argument("--profile", action="store_true")
     options.add_argument("--work", default="")
     options.add_argument("--idle", type=int, default=10_000, help="idle connections to hold")
@@ -398,7 +400,7 @@ def main():
     sh("ip", "link", "set", "lo", "up")
     processes, figures = [], {"idle": args.idle}
     try:
-        network = Network()
+        network = Network(args.congestion)
         mesh = mesh_file(run / "mesh.yaml")
         if "start" in only:
             figures["start"] = start_to_ready(run, mesh)
@@ -424,7 +426,7 @@ def main():
             processes += zspire
             envoys = envoy.start(run, Process, wait_for, get, CLIENT, SERVER, APP, BULK)
             processes += envoys
-            programs = {"direct": (None, None, []), "zspire": (15001, 15006, zspire), "envoy": (16001, None, envoys)}
+            programs = {"direct": (None, None, []), "zspire": (15001, 15006, zspire), "envoy": (16001, envoy.PLAIN, envoys)}
             if "profile" in only:
                 network.rules(15001, 15006)
                 for name, _, work_of in work:
@@ -444,15 +446,15 @@ def main():
                 zspire[1].stop()
                 limited = start_zspire(run, "server", mesh, HTTP2_FRAME_SIZE="16384")
                 processes.append(limited)
-                programs = {"zspire": (15001, 15006, [zspire[0], limited]), "envoy": (16001, None, envoys)}
+                programs = {"zspire": (15001, 15006, [zspire[0], limited]), "envoy": (16001, envoy.PLAIN, envoys)}
                 figures["frames"] = traffic(network, programs, args.rounds, args.seconds, work)
                 limited.stop()
             if "inpod" in only:
                 for process in zspire:
                     process.stop()
-                one = InPod(run, mesh_file(run / "inpod.yaml"))
+                one = InPod(run, mesh_file(run / "inpod.yaml", nodes=("node", "node")))
                 processes.append(one)
-                programs = {"zspire": (one.begin, one.end, one.processes), "envoy": (16001, None, envoys)}
+                programs = {"zspire": (one.begin, one.end, one.processes), "envoy": (16001, envoy.PLAIN, envoys)}
                 figures["inpod"] = traffic(network, programs, args.rounds, args.seconds, work)
         report.show(figures, work)
         if args.json:

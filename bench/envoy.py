@@ -55,6 +55,10 @@ def http2_options():
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions", {"explicit_http_config": {"http2_protocol_options": H2}})}
 
 
+# Where connections are sent that came to the server's pod in no tunnel: nobody listens, so that they are refused.
+PLAIN = 16006
+
+
 def endpoint(name, address, port, **more):
     target = {"endpoint": {"address": {"socket_address": {"address": address, "port_value": port}}}}
     return {"name": name, "type": "STATIC", "connect_timeout": "5s", "per_connection_buffer_limit_bytes": 1 << 20,

@@ -77,7 +77,8 @@ class Process:
 class Network:
     """The two namespaces, and which program's redirection rules are in force."""
 
-    def __init__(self):
+    def __init__(self, congestion=None):
+        """`congestion`: the congestion control of every connection, applications' as well; none: this machine's default."""
         # Names of namespaces live on a file system of our own.
         Path("/run/netns").mkdir(parents=True, exist_ok=True)
         sh("mount", "-t", "tmpfs", "tmpfs", "/run/netns")
@@ -88,6 +89,8 @@ class Network:
                 "net.ipv4.ip_local_port_range": "1024 65535", "net.ipv4.tcp_tw_reuse": "1",
                 "net.ipv4.conf.all.route_localnet": "1", "net.core.somaxconn": "4096",
             }
+            if congestion:
+                settings["net.ipv4.tcp_congestion_control"] = congestion
             for key, value in settings.items():
                 path = "/proc/sys/" + key.replace(".", "/")
                 sh(*inside(name, "sh", "-c", f"echo '{value}' > {path} || true"))

@@ -34,8 +34,6 @@ pub(crate) struct Accepted {
     pub(crate) socket: TcpStream,
     /// Where it comes from.
     pub(crate) source: SocketAddr,
-    /// Where it arrived.
-    pub(crate) local: SocketAddr,
 }
 
 /// Accepts connections and starts `serve` for each as a task of the pod, until the pod drains.
@@ -94,8 +92,7 @@ fn start<F>(pod: &Pod, socket: TcpStream, source: SocketAddr, serve: &impl Fn(Po
 where
     F: Future<Output = ()> + 'static,
 {
-    let Ok(local) = socket.local_addr() else { return };
-    let accepted = Accepted { socket, source: canonical(source), local: canonical(local) };
+    let accepted = Accepted { socket, source: canonical(source) };
     pod.connections().spawn(serve(pod.clone(), accepted));
 }
 
@@ -149,6 +146,19 @@ impl Reserve {
 }
 
 impl Accepted {
+    /// Where it arrived.
+    pub(crate) fn local(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr().map(canonical)
+    }
+
+    /// Where the client wanted to go before it was redirected; if it was not, where it arrived.
+    pub(crate) fn destination(&self) -> io::Result<SocketAddr> {
+        match socket::original_destination(&self.socket, self.source) {
+            Ok(original) => Ok(canonical(original)),
+            Err(_) => self.local(),
+        }
+    }
+
     /// Turns the client away.
     pub(crate) fn refuse(self) {
         refuse(self.socket);

@@ -2,13 +2,14 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use socket2::{SockRef, TcpKeepalive};
-use tokio::net::{TcpSocket, TcpStream};
+use socket2::{SockRef, Socket, TcpKeepalive};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
-use zspire_model::HBONE_PORT;
+use zspire_model::{HBONE_PORT, Workload};
 use zspire_sys::netns::Visit;
 use zspire_sys::socket;
 
@@ -17,12 +18,26 @@ use crate::flow::Failure;
 use crate::metrics::Flag;
 
 /// How far a connection reaches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Reach {
     /// A program in the pod: the kernel that serves both tells of its end.
     Pod,
+    /// A pod of the same machine, which may vanish with its network.
+    Host,
     /// Another host, which may vanish without a word.
     Network,
+}
+
+impl Reach {
+    /// From a workload to another one, or to what the mesh does not know.
+    pub(crate) fn between(own: &Workload, other: Option<&Workload>) -> Self {
+        match other {
+            Some(other) if !own.node.is_empty() && other.node == own.node && other.cluster_id == own.cluster_id => {
+                Self::Host
+            }
+            _ => Self::Network,
+        }
+    }
 }
 
 /// Makes the sockets of a pod.
@@ -36,6 +51,8 @@ pub(crate) struct Sockets {
     original_source: OriginalSource,
     /// Whether the kernel lets us take any source address.
     transparent: bool,
+    /// Whether connections are paced where nothing else is chosen for them.
+    paced: bool,
     keepalive: Option<Keepalive>,
     timeout: Duration,
 }
@@ -49,13 +66,15 @@ impl Sockets {
         sharing: usize,
     ) -> io::Result<Self> {
         let place = place.map(Arc::new);
-        let transparent = within(place.as_deref(), socket::can_be_transparent)?;
+        let (transparent, paced) =
+            within(place.as_deref(), || (socket::can_be_transparent(), socket::paces().unwrap_or(false)))?;
         Ok(Self {
             place,
             sharing,
             mark: config.packet_mark,
             original_source,
             transparent: original_source != OriginalSource::Off && transparent,
+            paced,
             keepalive: config.keepalive,
             timeout: config.handshake_timeout,
         })
@@ -89,9 +108,12 @@ impl Sockets {
         let socket = self.inside(|| socket::stream(to, &options)).and_then(|made| made).map_err(failed)?;
         // Before the handshake: a peer that goes away in it is noticed as well.
         self.tune(&SockRef::from(&socket), reach);
-        let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
-        match timeout(self.timeout, connecting).await {
-            Ok(connected) => connected.map_err(failed),
+        let stream = match begin(&socket, to, reach).map_err(failed)? {
+            Begun::Connected => return TcpStream::from_std(socket.into()).map_err(failed),
+            Begun::Waiting => TcpStream::from_std(socket.into()).map_err(failed)?,
+        };
+        match timeout(self.timeout, connected(&stream)).await {
+            Ok(connected) => connected.map(|()| stream).map_err(failed),
             Err(_) => Err(Error::TimedOut { to, after: self.timeout }),
         }
     }
@@ -113,11 +135,21 @@ impl Sockets {
         }
     }
 
+    /// Takes the pace out of a connection that stays on this machine.
+    pub(crate) fn unpace(&self, socket: &impl AsFd) {
+        if self.paced {
+            let _ = socket::set_unpaced(socket);
+        }
+    }
+
     /// Sets what every connection has: on one that is opened, or on a listener, whose connections inherit it.
     pub(crate) fn tune(&self, socket: &SockRef<'_>, reach: Reach) {
         // A socket that refuses an option has just been closed by its peer, which the next read tells.
         let _ = socket.set_tcp_nodelay(true);
-        let Some(keepalive) = self.keepalive.filter(|_| reach == Reach::Network) else { return };
+        if reach != Reach::Network {
+            self.unpace(&**socket);
+        }
+        let Some(keepalive) = self.keepalive.filter(|_| reach != Reach::Pod) else { return };
         let probes = TcpKeepalive::new()
             .with_time(keepalive.time)
             .with_interval(keepalive.interval)
@@ -127,6 +159,37 @@ impl Sockets {
             let _ = socket.set_tcp_user_timeout(Some(keepalive.time + keepalive.interval * keepalive.retries));
         }
     }
+}
+
+/// How far a socket that connects has come.
+enum Begun {
+    Connected,
+    Waiting,
+}
+
+/// Has a socket connect. Within one machine the kernel makes the whole handshake before the call returns, though it says that it is
+/// in progress: asking at once spares a round of the event loop.
+fn begin(socket: &Socket, to: SocketAddr, reach: Reach) -> io::Result<Begun> {
+    let to = to.into();
+    let mut result = socket.connect(&to);
+    if reach != Reach::Network && result.as_ref().is_err_and(is_under_way) {
+        result = socket.connect(&to);
+    }
+    match result {
+        Ok(()) => Ok(Begun::Connected),
+        Err(error) if is_under_way(&error) => Ok(Begun::Waiting),
+        Err(error) => Err(error),
+    }
+}
+
+fn is_under_way(error: &io::Error) -> bool {
+    // EINPROGRESS, EALREADY
+    matches!(error.raw_os_error(), Some(115 | 114))
+}
+
+async fn connected(socket: &TcpStream) -> io::Result<()> {
+    socket.writable().await?;
+    socket.take_error()?.map_or(Ok(()), Err)
 }
 
 fn within<T>(place: Option<&Visit>, f: impl FnOnce() -> T) -> io::Result<T> {
@@ -207,5 +270,31 @@ mod tests {
         let own = SockRef::from(&own);
         sockets.tune(&own, Reach::Pod);
         assert!(own.tcp_nodelay().unwrap() && !own.keepalive().unwrap(), "who is here cannot vanish");
+    }
+
+    #[test]
+    fn what_stays_on_the_machine_is_known_by_its_node() {
+        let at = |node: &str, cluster: &str| Workload {
+            node: node.into(),
+            cluster_id: cluster.into(),
+            ..Workload::default()
+        };
+        let own = at("n1", "c1");
+        assert_eq!(Reach::between(&own, Some(&at("n1", "c1"))), Reach::Host);
+        assert_eq!(Reach::between(&own, Some(&at("n2", "c1"))), Reach::Network);
+        assert_eq!(Reach::between(&own, Some(&at("n1", "c2"))), Reach::Network, "nodes are named within a cluster");
+        assert_eq!(Reach::between(&own, None), Reach::Network);
+        assert_eq!(Reach::between(&at("", "c1"), Some(&at("", "c1"))), Reach::Network, "two that have no node");
+    }
+
+    #[test]
+    fn connection_within_the_machine_is_made_at_once_or_fails_at_once() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap();
+        let socket = || socket::stream(to, &socket::Connect::default()).unwrap();
+        assert!(matches!(begin(&socket(), to, Reach::Pod), Ok(Begun::Connected)));
+        drop(listener);
+        let refused = begin(&socket(), to, Reach::Pod).map(|_| ()).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
     }
 }

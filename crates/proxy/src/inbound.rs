@@ -17,6 +17,7 @@ use zspire_model::route::Authority;
 
 use crate::accept::Accepted;
 use crate::admission::{self, Connected, likely_service, source_workload};
+use crate::connect::Reach;
 use crate::flow::{self, About, Direction, Failure, Flow, Transport};
 use crate::live::{Proof, Proved, Question};
 use crate::metrics::{Flag, Reporter};
@@ -26,7 +27,8 @@ use crate::tunnels::{Chain, REVOKED, instant};
 
 /// Serves one connection to the HBONE port.
 pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
-    let (source, local) = (accepted.source, accepted.local);
+    let source = accepted.source;
+    let Ok(local) = accepted.local() else { return accepted.refuse() };
     let refused = |reason: &'static str, why: &dyn std::fmt::Display| {
         flow::deny_early(&pod.shared().metrics, Direction::Inbound, source, Some(local), reason, why);
     };
@@ -44,7 +46,7 @@ pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
             return accepted.refuse();
         }
     };
-    match Authenticated::new(&pod, accepted).await {
+    match Authenticated::new(&pod, accepted, local).await {
         Ok(authenticated) => {
             drop(handshake);
             authenticated.serve(&pod).await;
@@ -86,7 +88,7 @@ impl Unauthenticated {
 }
 
 impl Authenticated {
-    async fn new(pod: &Pod, accepted: Accepted) -> Result<Self, Unauthenticated> {
+    async fn new(pod: &Pod, accepted: Accepted, local_address: SocketAddr) -> Result<Self, Unauthenticated> {
         let metrics = &pod.shared().metrics;
         let local = pod.local().await.map_err(|error| Unauthenticated::new(error.label(), error))?;
         let credentials = pod.credentials(&local).await.map_err(|failure| Unauthenticated::new("identity", failure))?;
@@ -112,9 +114,14 @@ impl Authenticated {
         };
         metrics.handshake(Reporter::Destination, started.elapsed().as_secs_f64());
         let until = instant(credentials.not_after().min(peer.not_after));
-        let (local_address, source, id) = (accepted.local, accepted.source, peer.id.clone());
+        let (source, id) = (accepted.source, peer.id.clone());
         pod.newest().put(Reporter::Destination, source.ip(), &peer);
         let proved = pod.live().prove(Reporter::Destination, credentials.id().clone(), peer, source.ip());
+        // What the listener's connections inherit is for peers of the network.
+        let from = pod.mesh(|snapshot| source_workload(snapshot, &local.workload, source.ip(), Some(&id)));
+        if Reach::between(&local.workload, from.as_deref()) == Reach::Host {
+            pod.sockets().unpace(stream.get_ref());
+        }
         let tunnel = Tunnel { local_address, source, peer: id, proof: proved.proof().clone() };
         Ok(Self { stream, tunnel, proved, until })
     }

@@ -16,10 +16,9 @@ use zspire_hbone::{End, Request, Stream, Target as HboneTarget, copy};
 use zspire_identity::{Credentials, ExpectedPeers};
 use zspire_model::route::{self, Authority, Destination, Path, Reject, RouteRequest, Target, Tunnel, Upstream};
 use zspire_model::{Service, Snapshot, Str, Workload};
-use zspire_sys::socket;
 
 use crate::accept::Accepted;
-use crate::connect::{Reach, canonical};
+use crate::connect::Reach;
 use crate::flow::{self, About, Direction, Failure, Flow, Transport};
 use crate::live::Place;
 use crate::metrics::{Flag, Reporter};
@@ -30,7 +29,7 @@ use crate::tunnels::{self, Key, Opened};
 /// Serves one redirected connection.
 pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
     // A connection that was not redirected was made to this port itself, which routing refuses.
-    let original = socket::original_destination(&accepted.socket, accepted.local).map_or(accepted.local, canonical);
+    let Ok(original) = accepted.destination() else { return accepted.refuse() };
     let wanted = Wanted { source: accepted.source, destination: Asked::Address(original) };
     match wanted.establish(&pod).await {
         // A task of its own: while the connection lives, only the relay's state is held.
@@ -374,13 +373,17 @@ impl Routed {
                 stream
             }
             (Path::Tcp, _) => {
-                let connecting = async { Ok(pod.sockets().connect(self.connect, self.source, Reach::Network).await?) };
+                let connecting = async { Ok(pod.sockets().connect(self.connect, self.source, self.reach()).await?) };
                 let socket = place.unless_cut(connecting).await?;
                 return Ok(Way::Direct(socket, place));
             }
             (_, None) => return Err(Failure::new(Flag::IdentityError, "a tunnel without credentials")),
         };
         Ok(Way::Tunnelled(Box::new(stream), place))
+    }
+
+    fn reach(&self) -> Reach {
+        Reach::between(&self.local.workload, self.upstream.workload.as_deref())
     }
 
     async fn tunnel(
@@ -395,6 +398,7 @@ impl Routed {
             source_address: self.source,
             destination: self.connect,
             expected: tunnel.expected.iter().cloned().collect(),
+            reach: self.reach(),
         };
         pod.tunnels().open(&key, credentials, &self.request(wanted, tunnel, None)).await
     }

@@ -1,18 +1,15 @@
 //! Connections to the pod that come in no tunnel (15006, redirected): from outside the mesh. The peer has no identity, and
 //! policies are asked about it like about any other.
 
-use zspire_sys::socket;
-
 use crate::accept::Accepted;
 use crate::admission::{self, likely_service, source_workload};
-use crate::connect::canonical;
 use crate::flow::{self, About, Direction, Transport};
 use crate::live::Question;
 use crate::pod::Pod;
 
 /// Serves one redirected connection.
 pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
-    let destination = socket::original_destination(&accepted.socket, accepted.local).map_or(accepted.local, canonical);
+    let Ok(destination) = accepted.destination() else { return accepted.refuse() };
     let refused = |reason: &'static str, why: &dyn std::fmt::Display| {
         let metrics = &pod.shared().metrics;
         flow::deny_early(metrics, Direction::Inbound, accepted.source, Some(destination), reason, why);

@@ -33,6 +33,8 @@ pub(crate) struct Key {
     pub(crate) destination: SocketAddr,
     /// Who may stand there.
     pub(crate) expected: ExpectedPeers,
+    /// How far that is.
+    pub(crate) reach: Reach,
 }
 
 /// The tunnels.
@@ -165,7 +167,7 @@ impl Tunnels {
     /// Makes a tunnel to a peer that proves to be the right one.
     async fn make(self, key: Key, credentials: Arc<Credentials>) -> Result<Connected, Failure> {
         let shared = &self.0.shared;
-        let socket = self.0.sockets.connect(key.destination, key.source_address, Reach::Network).await?;
+        let socket = self.0.sockets.connect(key.destination, key.source_address, key.reach).await?;
         let Begun { tunnel, driver, until, peer } = over(shared, socket, &credentials, &key.expected).await?;
         let proved = self.prove(&key, &credentials, &peer);
         let renew_at = renewal(SystemTime::now(), credentials.not_after().min(peer.not_after));

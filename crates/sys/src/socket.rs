@@ -15,15 +15,15 @@ pub fn set_mark(fd: impl AsFd, mark: u32) -> io::Result<()> {
     SockRef::from(&fd).set_mark(mark)
 }
 
-/// Where the peer of an accepted connection wanted to go before a redirection rule sent it here; `local` is the connection's own
-/// address.
+/// Where the peer of an accepted connection wanted to go before a redirection rule sent it here; `end` is the address of either
+/// end of the connection.
 ///
 /// Answers what the kernel's connection tracking says. A connection that no rule has touched gives its own local
 /// address, or an error (`ENOENT`) when it is not tracked at all. IPv4-mapped addresses come back as IPv4.
-pub fn original_destination(fd: impl AsFd, local: SocketAddr) -> io::Result<SocketAddr> {
+pub fn original_destination(fd: impl AsFd, end: SocketAddr) -> io::Result<SocketAddr> {
     let socket = SockRef::from(&fd);
     // A dual-stack listener gives IPv6 sockets for IPv4 connections, which are tracked as IPv4.
-    let answer = if canonical(local).is_ipv4() { socket.original_dst_v4()? } else { socket.original_dst_v6()? };
+    let answer = if canonical(end).is_ipv4() { socket.original_dst_v4()? } else { socket.original_dst_v6()? };
     address(&answer).map(canonical)
 }
 
@@ -145,6 +145,19 @@ pub fn prefer_later_listeners(fd: impl AsFd, own: u32) -> io::Result<()> {
         libc::setsockopt(fd, libc::SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, value, length)
     };
     if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Whether what connections of this namespace send is paced unless something else is chosen for them, as `bbr` does.
+pub fn paces() -> io::Result<bool> {
+    let name = scratch()?.tcp_congestion()?;
+    Ok(name.starts_with(b"bbr"))
+}
+
+/// Has a connection, or those that a listener accepts, send without a pace (`TCP_CONGESTION`): for what never leaves this machine,
+/// where nothing but the reader is to be waited for, and the timers of a pace cost more than the bytes.
+pub fn set_unpaced(fd: impl AsFd) -> io::Result<()> {
+    // Every kernel has it, and lets everybody choose it.
+    SockRef::from(&fd).set_tcp_congestion(b"reno")
 }
 
 /// Whether this process may mark packets.

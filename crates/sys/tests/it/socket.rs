@@ -83,6 +83,22 @@ fn a_connection_that_nobody_redirected_has_no_original_destination() {
 }
 
 #[test]
+fn pace_is_taken_from_a_connection_and_from_what_a_listener_accepts() {
+    let control =
+        |socket: SockRef<'_>| socket.tcp_congestion().unwrap().split(|byte| *byte == 0).next().unwrap().to_vec();
+    let netns = Netns::new().unwrap();
+    let paces = netns.run(socket::paces).unwrap().unwrap();
+    let listener = crate::listen(&netns, (Ipv4Addr::LOCALHOST, 0));
+    assert_eq!(control(SockRef::from(&listener)).starts_with(b"bbr"), paces);
+    socket::set_unpaced(&listener).unwrap();
+    let client = crate::connect(&netns, listener.local_addr().unwrap());
+    let (accepted, _) = listener.accept().unwrap();
+    assert_eq!(control(SockRef::from(&accepted)), b"reno");
+    socket::set_unpaced(&client).unwrap();
+    assert_eq!(control(SockRef::from(&client)), b"reno");
+}
+
+#[test]
 fn root_can_do_it_all() {
     assert!(socket::can_mark() && socket::can_be_transparent() && socket::ipv6_available());
     let v6_off = Netns::new().unwrap();
