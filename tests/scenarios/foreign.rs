@@ -9,6 +9,7 @@ use std::process::Command;
 use serde_json::Value;
 use zspire_testkit::app::{finish, reset};
 use zspire_testkit::envoy::{self, Envoy};
+use zspire_testkit::plan::Plan;
 use zspire_testkit::policy::deny_from;
 use zspire_testkit::{
     Ending, Listener, Mesh, Nghttpx, Pod, captured, ending, hear, mesh, nghttpx, say, transfer, uncaptured, until,
@@ -50,11 +51,11 @@ fn envoy_as_client(mesh: &Mesh) -> Envoy {
     Envoy::start(mesh, &client, &[listener], &[envoy::tunnel(&certificate, &server)])
 }
 
-/// Envoy at the server's end, which leads everything to the application.
-fn envoy_as_server(mesh: &Mesh) -> Envoy {
+/// Envoy at the server's end, which leads everything to the application; its listener may be another.
+fn envoy_as_server(mesh: &Mesh, change: impl FnOnce(Value) -> Value) -> Envoy {
     let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
     let certificate = mesh.certificate("envoy", &server.spiffe_id());
-    let listener = envoy::takes_tunnels(&certificate, &client.spiffe_id(), "application");
+    let listener = change(envoy::takes_tunnels(&certificate, &client.spiffe_id(), "application"));
     Envoy::start(mesh, &server, &[listener], &[envoy::leads_to("application", server.app())])
 }
 
@@ -166,7 +167,7 @@ fn envoy_takes_tunnels_and_everything_arrives() {
         let mesh = foreign_server();
         let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
         let app = server.listen();
-        let envoy = envoy_as_server(&mesh);
+        let envoy = envoy_as_server(&mesh, |listener| listener);
         let open = || client.open(server.app());
         let way = Way { open: &open, app };
         way.carries(transfer::end);
@@ -188,6 +189,49 @@ fn envoy_takes_tunnels_and_everything_arrives() {
         let (asking, _served) = way.connection();
         reset(asking);
         counts(&envoy, "http2.rx_reset", 1);
+    });
+}
+
+#[test]
+fn envoy_takes_few_streams_in_a_tunnel_and_sends_it_away() {
+    for (at_once, in_all, tunnels) in [(8, 1000, MANY as u64 / 8), (100, 8, MANY as u64 / 8)] {
+        scenario(|| {
+            let mesh = foreign_server();
+            let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
+            let app = server.listen();
+            let envoy = envoy_as_server(&mesh, |listener| envoy::with_limits(listener, at_once, in_all));
+            let open = || client.open(server.app());
+            let way = Way { open: &open, app };
+            // All of them live on, also in the tunnels that take no more.
+            way.carries_many_at_once(FRAME);
+            assert_eq!(envoy.count("http.hbone.downstream_cx_total"), tunnels);
+        });
+    }
+}
+
+#[test]
+fn envoy_is_told_that_a_proxy_stops_and_that_a_connection_is_cut() {
+    scenario(|| {
+        let mesh = foreign_client();
+        let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
+        let envoy = envoy_as_client(&mesh);
+        let open = || client.open(([127, 0, 0, 1], TAKES).into());
+        let way = Way { open: &open, app: server.listen() };
+        let (_asking, served) = way.connection();
+        mesh.edit(|plan| plan.add_policy(deny_from("client")));
+        assert_eq!(ending(&served), Ending::Reset);
+        counts(&envoy, "cluster.tunnel.http2.rx_reset", 1);
+        mesh.edit(Plan::remove_policies);
+        until("the policy to be gone", || match server.dump()["policies"].take() {
+            Value::Array(policies) if policies.is_empty() => Ok(()),
+            policies => Err(policies),
+        });
+        let (asking, served) = way.connection();
+        server.drain();
+        counts(&envoy, "cluster.tunnel.upstream_cx_close_notify", 1);
+        transfer::both_ways(&asking, &served, MANY_FRAMES);
+        transfer::end(&asking, &served);
+        assert_eq!(server.ended().code(), Some(0));
     });
 }
 
@@ -306,13 +350,17 @@ fn ordinary_requests_harm_nothing() {
         let (content, at) = (content.display().to_string(), format!("https://{}/", server.at(15008)));
         let common = ["--verbose", "--no-verify-peer", "--multiply=20", "--cert", &chain, "--key", &key];
         let (asking, served) = way.connection();
-        for (more, status) in
-            [(vec!["--no-push"], 400), (vec!["--padding=256", "--data", &content], 400), (vec!["--continuation"], 431)]
-        {
+        for (more, shows, status) in [
+            (vec!["--no-push"], "send PRIORITY frame", 400),
+            (vec!["--padding=256", "--data", &content], "send DATA frame", 400),
+            // A setting that we do not know.
+            (vec!["--no-rfc7540-pri"], "SETTINGS_NO_RFC7540_PRIORITIES(0x09):1", 400),
+            (vec!["--continuation"], "continuation-test-6", 431),
+        ] {
             let said = run(client.command("nghttp", &[&common, &more[..], &[&at]].concat()));
             let answers = said.matches(&format!(":status: {status}")).count();
             assert_eq!(answers, 20, "{said}");
-            assert!(said.contains("send PRIORITY frame") && !said.contains("recv GOAWAY frame"), "{said}");
+            assert!(said.contains(shows) && !said.contains("recv GOAWAY frame"), "{said}");
         }
         transfer::both_ways(&asking, &served, MANY_FRAMES);
     });

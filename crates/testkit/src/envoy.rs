@@ -89,6 +89,14 @@ pub fn takes_tunnels(certificate: &Certificate, peer: &str, cluster: &str) -> Va
     })
 }
 
+/// The same listener, whose tunnels carry no more streams than that at once, and end (GOAWAY) when they were asked for so many.
+pub fn with_limits(mut listener: Value, at_once: u32, in_all: u32) -> Value {
+    let http = &mut listener["filter_chains"][0]["filters"][0]["typed_config"];
+    http["http2_protocol_options"]["max_concurrent_streams"] = at_once.into();
+    http["common_http_protocol_options"] = json!({ "max_requests_per_connection": in_all });
+    listener
+}
+
 /// Asks for a target through cluster `tunnel`, for each connection to a port of the loopback; without a port, for each that is
 /// led to the listener within Envoy.
 pub fn opens_tunnels(name: &str, port: Option<u16>, target: SocketAddr) -> Value {
