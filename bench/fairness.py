@@ -8,13 +8,13 @@ from pathlib import Path
 import report
 from lab import APP, BULK, SERVER, Process, inside
 
-RATE = 500
+RATE, CONNECTIONS = 500, 16
 
 
 def paced(run, seconds):
-    """p50 and p99, in microseconds, of requests at a fixed rate on one connection."""
+    """p50 and p99, in microseconds, of requests at a fixed rate."""
     log = run / "paced.log"
-    probe = Process("client", [sys.executable, Path(__file__).parent / "probe.py", SERVER, APP, RATE], log=log)
+    probe = Process("client", [sys.executable, Path(__file__).parent / "probe.py", SERVER, APP, RATE, CONNECTIONS], log=log)
     time.sleep(seconds)
     alive = probe.alive()
     probe.stop()

@@ -22,8 +22,10 @@ use crate::link::{self, Came, Link};
 use crate::reason::Reason;
 use crate::request::{Malformed, RequestHead};
 
-/// Bytes that one tunnel receives before the others of the thread have their turn.
+/// Bytes that one tunnel receives before everything else of the thread has its turn.
 const TURN: usize = 1 << 20;
+/// The same where several streams wait for each other.
+const TURN_OF_SEVERAL: usize = 256 << 10;
 
 /// Takes the requests of a peer: the stream and what is asked for.
 pub(crate) type Asked<'a> = dyn FnMut(u32, Result<RequestHead, Malformed>) + 'a;
@@ -99,7 +101,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
         }
         self.clock.poll(cx, now, &self.link)?;
         if more {
-            cx.waker().wake_by_ref();
+            link::go_on(cx);
         }
         Ok(Poll::Pending)
     }
@@ -107,17 +109,19 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
     /// Reads what the connection has; whether there is more.
     fn read(&mut self, cx: &mut Context<'_>, now: Instant, asked: &mut Asked<'_>) -> Result<bool, Ended> {
         let mut buffer = lend::take();
+        let turn = if self.link.core.borrow().active() > 1 { TURN_OF_SEVERAL } else { TURN };
         let mut total = 0;
         self.left_unread = false;
-        loop {
+        let more = loop {
             // A peer that does not read what it makes us answer is not read from either.
             if self.link.core.borrow().is_overloaded() {
                 self.left_unread = true;
-                return Ok(false);
+                break false;
             }
-            let mut room = ReadBuf::new(&mut buffer);
+            let room = buffer.len().min(turn - total);
+            let mut room = ReadBuf::new(&mut buffer[..room]);
             match Pin::new(&mut self.io).poll_read(cx, &mut room) {
-                Poll::Pending => return Ok(false),
+                Poll::Pending => break false,
                 Poll::Ready(Err(error)) => return Err(self.broken(error)),
                 Poll::Ready(Ok(())) => {}
             }
@@ -128,10 +132,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
             self.clock.keepalive.heard(now);
             self.receive(&buffer[..n], now, asked)?;
             total += n;
-            if total >= TURN {
-                return Ok(true);
+            if total >= turn {
+                break true;
             }
+        };
+        if total > 0 {
+            self.link.core.borrow_mut().came(total, self.clock.age(now));
         }
+        Ok(more)
     }
 
     fn receive(&mut self, bytes: &[u8], now: Instant, asked: &mut Asked<'_>) -> Result<(), Ended> {

@@ -5,10 +5,12 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::future::Future;
 use std::io::{self, IoSlice};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Waker;
+use std::task::{Context, Waker};
 
 use http::StatusCode;
 use smallvec::SmallVec;
@@ -83,6 +85,13 @@ pub(crate) fn keep(place: &mut Option<Waker>, waker: &Waker) {
     if !place.as_ref().is_some_and(|known| known.will_wake(waker)) {
         *place = Some(waker.clone());
     }
+}
+
+/// Has a task go on when everybody else has had their turn, also those whose sockets have become ready meanwhile: to wake it at once
+/// would be before those are even asked for.
+pub(crate) fn go_on(cx: &mut Context<'_>) {
+    // It is woken from there; whether it is ready now does not matter.
+    let _ = pin!(tokio::task::yield_now()).poll(cx);
 }
 
 /// The application of a stream that is relayed.

@@ -25,7 +25,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use crate::core::Sent;
-use crate::link::{App, Link, exhausted, keep};
+use crate::link::{App, Link, exhausted, go_on, keep};
 use crate::meter::{self, Counters, End};
 use crate::reason::Reason;
 use crate::stream::Stream;
@@ -174,6 +174,9 @@ impl Relay {
                     self.app.counters.sent(n);
                     if n > 0 && n < asked {
                         exhausted(&self.app.socket, Interest::READABLE);
+                    } else if n > 0 && limit == IN_A_CROWD {
+                        go_on(cx);
+                        break Ok(false);
                     }
                 }
                 Sent::Asked(_, Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}

@@ -1,18 +1,61 @@
 //! What the peer may send on all streams together.
 
+use std::time::Duration;
+
 use super::WINDOW;
 use crate::config::Config;
 
+/// A tunnel of several streams of which so much comes at once is read more slowly than it is written: bytes queue on the way.
+const DEEP: usize = 256 << 10;
+/// One of which so little comes at once is not.
+const SHALLOW: usize = 32 << 10;
+/// What the peer may send is at least this much, however it queues.
+const LEAST: u32 = 1 << 20;
+/// For so long the speed is measured.
+const MEASURED: Duration = Duration::from_millis(100);
+
 /// Credit is returned when bytes are received, so that streams whose applications do not read do not stall the others; only what
 /// such streams hold beyond the cap of the tunnel is withheld.
+///
+/// Whatever the peer may send waits on the way if it sends faster than we read, and a stream with little to say waits behind it. So
+/// a tunnel of several streams whose bytes queue gets less, down to twice what the path holds: its speed times its round trip.
 #[derive(Debug)]
 pub(super) struct Credit {
     /// What the peer may send now.
     window: u32,
+    /// What it may send when all that has come was read.
     target: u32,
+    most: u32,
     cap: usize,
     /// Bytes that were received and not taken.
     held: usize,
+    /// How long it takes to be answered when nothing queues, once it is known.
+    round_trip: Option<Duration>,
+    speed: Speed,
+}
+
+/// Bytes in a second.
+#[derive(Debug, Default)]
+struct Speed {
+    last: u64,
+    since: Duration,
+    bytes: u64,
+}
+
+impl Speed {
+    fn add(&mut self, bytes: usize, now: Duration) {
+        self.bytes += bytes as u64;
+        let took = now.saturating_sub(self.since);
+        if took >= MEASURED {
+            self.last = self.bytes.saturating_mul(1000) / (took.as_millis() as u64).max(1);
+            (self.bytes, self.since) = (0, now);
+        }
+    }
+
+    /// What is under way in such a time.
+    fn within(&self, time: Duration) -> u64 {
+        self.last.saturating_mul(time.as_micros() as u64) / 1_000_000
+    }
 }
 
 impl Credit {
@@ -20,8 +63,28 @@ impl Credit {
         Self {
             window: WINDOW,
             target: config.connection_window.min(i32::MAX as u32),
+            most: config.connection_window.min(i32::MAX as u32),
             cap: config.buffered_cap as usize,
             held: 0,
+            round_trip: None,
+            speed: Speed::default(),
+        }
+    }
+
+    /// The peer has answered our first words, at this time after they were said.
+    pub(super) fn answered(&mut self, after: Duration) {
+        self.round_trip.get_or_insert(after);
+    }
+
+    /// So many bytes came at once, of several streams or of one.
+    pub(super) fn came(&mut self, bytes: usize, several: bool, now: Duration) {
+        self.speed.add(bytes, now);
+        if several && bytes >= DEEP {
+            let Some(round_trip) = self.round_trip else { return };
+            let path = u32::try_from(self.speed.within(round_trip).saturating_mul(2)).unwrap_or(u32::MAX);
+            self.target = (self.target / 2).max(path).max(LEAST).min(self.most);
+        } else if bytes < SHALLOW || !several {
+            self.target = self.target.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX)).min(self.most);
         }
     }
 
@@ -83,6 +146,36 @@ mod tests {
         credit.give(399_000);
         assert_eq!(credit.returned(), Some(400_000));
         assert!(!credit.spend(400_001));
+    }
+
+    #[test]
+    fn what_queues_costs_credit_unless_the_path_needs_it() {
+        let config = Config { connection_window: 16 << 20, ..Config::default() };
+        let second = Duration::from_secs(1);
+        let after = |round_trip: Duration| {
+            let mut credit = Credit::new(&config);
+            credit.answered(round_trip);
+            // 512 MiB in a second, a mebibyte at once.
+            (1..=512).for_each(|turn| credit.came(1 << 20, true, second * turn / 512));
+            credit
+        };
+        let mut near = after(Duration::from_micros(200));
+        assert_eq!(near.target, LEAST);
+        assert_eq!(near.returned(), Some(LEAST - WINDOW));
+        let far = after(Duration::from_millis(10));
+        assert!((9 << 20..12 << 20).contains(&far.target), "twice what the path holds: {}", far.target);
+        assert_eq!(after(second).target, 16 << 20, "what is configured is the most");
+
+        (0..200_000).for_each(|_| near.came(100, true, second));
+        assert_eq!(near.target, 16 << 20, "it comes back when bytes no longer queue");
+    }
+
+    #[test]
+    fn credit_of_a_single_stream_stays_whole() {
+        let mut credit = Credit::new(&Config::default());
+        credit.answered(Duration::from_micros(100));
+        (0..1000).for_each(|_| credit.came(1 << 20, false, Duration::from_millis(1)));
+        assert_eq!(credit.target, credit.most);
     }
 
     #[test]

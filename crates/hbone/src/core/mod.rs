@@ -30,6 +30,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::time::Duration;
 
 use http::StatusCode;
 
@@ -301,6 +302,11 @@ impl<T: Default> Core<T> {
         self.out.len() > BACKLOG
     }
 
+    /// So many bytes were received in one turn.
+    pub(crate) fn came(&mut self, bytes: usize, now: Duration) {
+        self.credit.came(bytes, self.streams.active > 1, now);
+    }
+
     /// A stream that was not released yet.
     pub fn get(&self, stream: u32) -> Option<&Entry<T>> {
         self.streams.get(stream)
@@ -319,6 +325,9 @@ impl<T: Default> Core<T> {
     /// Tells the streams that wait for room, in their order. Whoever finds none again keeps its place, so that those who are
     /// served and want more do not come first for ever.
     pub(crate) fn each_waiting(&mut self, mut tell: impl FnMut(&mut Entry<T>)) {
+        if self.send_window <= 0 {
+            return;
+        }
         let streams = &mut self.streams;
         self.queue.retain(|(place, stream)| match streams.get_mut(*stream) {
             Some(entry) if entry.place == Some(*place) => {

@@ -451,6 +451,7 @@ impl<T: Default> Core<T> {
         }
         let before = i64::from(self.window());
         self.peer.acknowledged = true;
+        self.credit.answered(now);
         let change = i64::from(self.window()) - before;
         self.streams.each(|entry| entry.window += change);
         Ok(None)
