@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
@@ -27,6 +28,11 @@ const TURN: usize = 1 << 20;
 /// The same where several streams wait for each other.
 const TURN_OF_SEVERAL: usize = 256 << 10;
 
+/// A peer that was told that the tunnel ends has this long to close it, too.
+const LINGER: Duration = Duration::from_secs(1);
+/// Bytes that are still read of a peer that broke the protocol: enough to tell it why, and no more.
+const OF_A_BROKEN_PEER: usize = 64 << 10;
+
 /// Takes the requests of a peer: the stream and what is asked for.
 pub(crate) type Asked<'a> = dyn FnMut(u32, Result<RequestHead, Malformed>) + 'a;
 
@@ -42,6 +48,20 @@ pub(crate) struct Machine<IO> {
     left_unread: bool,
     /// How it ends when everything has left.
     closing: Option<Ended>,
+    /// How it has ended, and what is still read of the peer.
+    parting: Option<Parting>,
+    /// What the peer may have under way when it is told that the tunnel ends.
+    window: usize,
+}
+
+/// The end was said. What the peer still sends is read and thrown away until it closes as well: a socket that is closed with unread
+/// bytes is reset, and with that what was written last may be lost on its way.
+struct Parting {
+    ended: Ended,
+    /// The peer was told that nothing follows.
+    told: bool,
+    /// Bytes that are still read.
+    left: usize,
 }
 
 impl<IO> Drop for Machine<IO> {
@@ -62,22 +82,48 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
             unflushed: false,
             left_unread: false,
             closing: None,
+            parting: None,
+            window: config.connection_window as usize,
         }
     }
 
-    /// One turn. Ready: the tunnel has ended.
+    /// One turn. Ready: the tunnel has ended, and its connection can be closed.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>, asked: &mut Asked<'_>) -> Poll<Ended> {
+        if self.parting.is_some() {
+            return self.part(cx);
+        }
         self.link.driven_by(cx.waker());
         self.link.driving.set(true);
         let turn = self.turn(cx, asked);
         self.link.driving.set(false);
-        let ended = match turn {
+        let (ended, left) = match turn {
             Ok(Poll::Pending) => return Poll::Pending,
-            Ok(Poll::Ready(ended)) => ended,
-            Err(ended) => self.fail(cx, ended),
+            Ok(Poll::Ready(ended)) => (ended, self.window),
+            Err(ended) => {
+                let left = self.fail(cx, &ended);
+                (ended, left)
+            }
         };
         self.link.end(&ended);
-        Poll::Ready(ended)
+        if left == 0 {
+            return Poll::Ready(ended);
+        }
+        self.parting = Some(Parting { ended, told: false, left });
+        self.clock.sleep.as_mut().reset(Instant::now() + LINGER);
+        self.part(cx)
+    }
+
+    /// Says that nothing follows, and waits for the same; not for long, and not for much.
+    fn part(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        let Some(Parting { ended, told, left }) = &mut self.parting else { return Poll::Pending };
+        let mut gone = false;
+        if !*told && let Poll::Ready(said) = Pin::new(&mut self.io).poll_shutdown(cx) {
+            (*told, gone) = (true, said.is_err());
+        }
+        if gone || discard(&mut self.io, cx, left).is_ready() || self.clock.sleep.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(ended.clone());
+        }
+        Poll::Pending
     }
 
     fn turn(&mut self, cx: &mut Context<'_>, asked: &mut Asked<'_>) -> Result<Poll<Ended>, Ended> {
@@ -95,7 +141,6 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
         more |= self.closing.is_none() && written.is_ready() && self.left_unread;
         if let Some(ended) = &self.closing
             && written.is_ready()
-            && Pin::new(&mut self.io).poll_shutdown(cx).is_ready()
         {
             return Ok(Poll::Ready(ended.clone()));
         }
@@ -276,18 +321,37 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
         }
     }
 
-    /// The last words, as far as the connection takes them.
-    fn fail(&mut self, cx: &mut Context<'_>, ended: Ended) -> Ended {
-        let reason = match &ended {
-            Ended::Protocol(violation) => violation.reason,
-            Ended::Flood(_) => Reason::ENHANCE_YOUR_CALM,
-            Ended::Handshake => Reason::SETTINGS_TIMEOUT,
-            _ => return ended,
+    /// The last words, as far as the connection takes them; the bytes that are read of the peer until it has heard them.
+    fn fail(&mut self, cx: &mut Context<'_>, ended: &Ended) -> usize {
+        let (reason, left) = match ended {
+            Ended::Protocol(violation) => (violation.reason, OF_A_BROKEN_PEER),
+            Ended::Flood(_) => (Reason::ENHANCE_YOUR_CALM, OF_A_BROKEN_PEER),
+            // It has been waited for long enough.
+            Ended::Handshake => (Reason::SETTINGS_TIMEOUT, 0),
+            _ => return 0,
         };
         self.link.core.borrow_mut().close(reason);
-        let _ = self.poll_write(cx);
-        ended
+        if self.poll_write(cx).is_ok() { left } else { 0 }
     }
+}
+
+/// Reads what nobody wants. Ready: there is no more, or more than `left` bytes.
+fn discard(io: &mut (impl AsyncRead + Unpin), cx: &mut Context<'_>, left: &mut usize) -> Poll<()> {
+    let mut buffer = lend::take();
+    let mut total = 0;
+    while total < TURN {
+        let mut room = ReadBuf::new(&mut buffer);
+        match Pin::new(&mut *io).poll_read(cx, &mut room) {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(Ok(())) if !room.filled().is_empty() => {}
+            Poll::Ready(_) => return Poll::Ready(()),
+        }
+        let n = room.filled().len();
+        let Some(rest) = left.checked_sub(n) else { return Poll::Ready(()) };
+        (*left, total) = (rest, total + n);
+    }
+    cx.waker().wake_by_ref();
+    Poll::Pending
 }
 
 fn went_away(reason: Reason) -> Ended {

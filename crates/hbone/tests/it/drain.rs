@@ -1,9 +1,15 @@
 //! Tunnels that end in good order, and tunnels that are cut.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
+use tokio::task::spawn_local;
+use tokio::time::Instant;
 use zspire_hbone::{Config, Ended, OpenError, Reason};
 
-use crate::support::{GOAWAY, Peer, SETTINGS, client, frame, open, pair, request, run, settle, until, wire};
+use crate::support::{
+    DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, Peer, SETTINGS, Server, client, connect_block, frame, hello,
+    open, pair, request, run, run_paused, settle, until, wire,
+};
 
 #[test]
 fn a_server_that_drains_keeps_its_streams_and_takes_no_more() {
@@ -128,5 +134,97 @@ fn a_server_that_goes_away_with_an_error_says_which() {
             let ended = client.task.await.unwrap();
             assert!(matches!(ended, Ended::GoAway(got) if got == reason), "{ended:?}");
         }
+    });
+}
+
+/// A connection that is closed with bytes that were not read is reset, and what its other end has not read by then may be lost. So
+/// the last words are followed by listening.
+#[test]
+fn what_was_said_last_arrives_though_the_peer_still_speaks() {
+    const TOTAL: usize = 60_000;
+    run(async {
+        // A peer whose kernel takes little at once: much of what is said waits in ours when we close.
+        let listening = TcpSocket::new_v4().unwrap();
+        listening.set_recv_buffer_size(4096).unwrap();
+        listening.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = listening.listen(1).unwrap();
+        let connecting = tokio::net::TcpStream::connect(listener.local_addr().unwrap());
+        let (ours, accepted) = tokio::join!(connecting, listener.accept());
+        let mut peer = accepted.unwrap().0;
+        let mut server = Server::new(ours.unwrap(), &Config::default());
+        let mut bytes = hello();
+        bytes.extend(frame(HEADERS, END_HEADERS | END_STREAM, 1, &connect_block()));
+        peer.write_all(&bytes).await.unwrap();
+        let mut stream = server.accept().await.into_io();
+        server.drain();
+        spawn_local(async move {
+            stream.write_all(&[7; TOTAL]).await.unwrap();
+            stream.shutdown().await.unwrap();
+        });
+
+        let (mut received, mut goaways) = (0, 0);
+        loop {
+            let mut header = [0; 9];
+            match peer.read(&mut header[..1]).await.expect("it is closed, not reset") {
+                0 => break,
+                _ => peer.read_exact(&mut header[1..]).await.unwrap(),
+            };
+            let mut payload = vec![0; u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize];
+            for piece in payload.chunks_mut(1000) {
+                peer.read_exact(piece).await.expect("all of it arrives");
+                // It has something to say all the time.
+                peer.write_all(&frame(PING, 1, 0, &[9; 8])).await.unwrap();
+            }
+            match (header[3], header[4]) {
+                (DATA, _) => received += payload.len(),
+                (PING, 0) => peer.write_all(&frame(PING, 1, 0, &payload)).await.unwrap(),
+                (GOAWAY, _) => goaways += 1,
+                _ => {}
+            }
+        }
+        assert_eq!((received, goaways), (TOTAL, 3), "the announcement, the drain and the end");
+        drop(peer);
+        assert!(matches!(server.task.await.unwrap(), Ended::Closed));
+    });
+}
+
+/// A server that is done, and its peer, which has read that.
+async fn done(config: &Config) -> (Peer, Server) {
+    let (near, far) = wire();
+    let mut server = Server::new(far, config);
+    let mut peer = Peer::new(near);
+    peer.send(&hello()).await;
+    server.drain();
+    let ping = peer.next(|frame| frame.kind == PING).await.unwrap();
+    peer.send(&frame(PING, 1, 0, &ping.payload)).await;
+    for _ in 0..2 {
+        peer.next(|frame| frame.kind == GOAWAY).await.unwrap();
+    }
+    (peer, server)
+}
+
+#[test]
+fn a_peer_that_does_not_close_is_not_waited_for_for_long() {
+    run_paused(async {
+        let (_peer, server) = done(&Config::default()).await;
+        let started = Instant::now();
+        assert!(matches!(server.task.await.unwrap(), Ended::Closed));
+        assert_eq!(started.elapsed().as_secs(), 1);
+    });
+}
+
+#[test]
+fn a_peer_that_goes_on_and_on_is_not_listened_to() {
+    run_paused(async {
+        let config = Config { connection_window: 1 << 20, ..Config::default() };
+        let (mut peer, server) = done(&config).await;
+        let started = Instant::now();
+        let mut sent = 0;
+        while peer.try_send(&[0; 10_000]).await {
+            sent += 10_000;
+        }
+        assert!((1 << 20..(1 << 20) + (200 << 10)).contains(&sent), "{sent} bytes");
+        assert!(matches!(server.task.await.unwrap(), Ended::Closed));
+        assert_eq!(started.elapsed().as_secs(), 0);
     });
 }
