@@ -7,9 +7,11 @@ use smallvec::SmallVec;
 
 /// Pieces that are written at once.
 pub(crate) const GATHER: usize = 16;
-/// The smallest and the largest piece of memory; each is twice as large as the one before.
+/// The smallest and the largest piece of memory; between them each is as large as all that waits.
 const SMALLEST: usize = 256;
 const LARGEST: usize = 256 << 10;
+/// The memory is at most this many times what waits.
+const SPARSE: usize = 4;
 
 /// See the module. Empty, it holds no memory.
 #[derive(Debug, Default)]
@@ -18,6 +20,8 @@ pub(crate) struct Unread {
     /// What was taken of the first piece.
     taken: usize,
     len: usize,
+    /// Of all pieces.
+    capacity: usize,
 }
 
 impl Unread {
@@ -31,18 +35,22 @@ impl Unread {
 
     pub(crate) fn push(&mut self, mut bytes: &[u8]) {
         self.len += bytes.len();
-        let mut size = SMALLEST;
         if let Some(last) = self.pieces.back_mut() {
             let n = bytes.len().min(last.capacity() - last.len());
             last.extend_from_slice(&bytes[..n]);
             bytes = &bytes[n..];
-            size = (last.capacity() * 2).min(LARGEST);
         }
         if !bytes.is_empty() {
-            let mut piece = Vec::with_capacity(bytes.len().max(size));
-            piece.extend_from_slice(bytes);
-            self.pieces.push_back(piece);
+            let size = self.len.clamp(SMALLEST, LARGEST);
+            self.add(bytes, size);
         }
+    }
+
+    fn add(&mut self, bytes: &[u8], size: usize) {
+        let mut piece = Vec::with_capacity(bytes.len().max(size));
+        piece.extend_from_slice(bytes);
+        self.capacity += piece.capacity();
+        self.pieces.push_back(piece);
     }
 
     /// The bytes that come first.
@@ -64,11 +72,26 @@ impl Unread {
             && self.taken >= first.len()
         {
             self.taken -= first.len();
+            self.capacity -= first.capacity();
             self.pieces.pop_front();
         }
         if self.pieces.is_empty() {
             *self = Self::default();
+        } else if self.capacity > (SPARSE * self.len).max(2 * SMALLEST) {
+            self.compact();
         }
+    }
+
+    /// Little is left of much: it moves to memory of its size. Three times as much was taken since, so that this costs next to
+    /// nothing.
+    fn compact(&mut self) {
+        let old = std::mem::take(self);
+        let mut bytes = Vec::with_capacity(old.len);
+        let taken = std::iter::once(old.taken).chain(std::iter::repeat(0));
+        old.pieces.iter().zip(taken).for_each(|(piece, taken)| bytes.extend_from_slice(&piece[taken..]));
+        *self = Self { len: old.len, ..Self::default() };
+        self.capacity = bytes.capacity();
+        self.pieces.push_back(bytes);
     }
 }
 
@@ -92,6 +115,9 @@ mod tests {
                 unread.consume(n);
                 model.drain(..n);
                 prop_assert_eq!(unread.len(), model.len());
+                let memory: usize = unread.pieces.iter().map(Vec::capacity).sum();
+                prop_assert_eq!(unread.capacity, memory);
+                prop_assert!(memory <= (SPARSE * model.len()).max(2 * SMALLEST), "{} bytes for {}", memory, model.len());
             }
         }
     }
@@ -102,9 +128,21 @@ mod tests {
         for _ in 0..1 << 20 {
             unread.push(&[7]);
         }
-        let memory: usize = unread.pieces.iter().map(Vec::capacity).sum();
-        assert!(memory < 2 << 20 && unread.pieces.len() < 20, "{memory} bytes in {} pieces", unread.pieces.len());
+        assert!(unread.capacity < 2 << 20, "{} bytes", unread.capacity);
+        assert!(unread.pieces.len() < 20, "{} pieces", unread.pieces.len());
         unread.consume(1 << 20);
         assert_eq!(unread.pieces.capacity(), 0);
+    }
+
+    #[test]
+    fn a_byte_that_is_left_of_much_holds_little() {
+        let mut unread = Unread::default();
+        for _ in 0..40 {
+            unread.push(&[7; 100_000]);
+        }
+        unread.consume(4_000_000 - 1);
+        assert_eq!((unread.first(), unread.capacity), (&[7][..], 1));
+        unread.push(&[8; 10]);
+        assert!(unread.capacity <= 2 * SMALLEST, "{} bytes for 11", unread.capacity);
     }
 }
