@@ -24,7 +24,7 @@ use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-use crate::core::Sent;
+use crate::core::{Entry, Sent};
 use crate::link::{App, Link, exhausted, go_on, keep};
 use crate::meter::{self, Counters, End};
 use crate::reason::Reason;
@@ -66,7 +66,7 @@ struct Relay {
     app: Rc<App>,
     /// The peer has ended its direction, and the application was told.
     told: bool,
-    /// Waits for a reset of an application that has ended its direction.
+    /// Waits for a reset of an application that is not read from: it has ended its direction, or there is no room.
     watch: Option<Pin<Box<dyn Future<Output = ()>>>>,
 }
 
@@ -80,10 +80,16 @@ impl Relay {
             Ok(ended) => ended,
             Err(end) => return Poll::Ready(end),
         };
+        // What it has sent is not read now: neither would its reset be.
+        let parked = link.core.borrow().get(self.stream.id).is_some_and(Entry::is_parked);
         match (ended, self.told) {
             (true, true) => Poll::Ready(End::Complete),
             (true, false) => self.watch(cx),
-            _ => Poll::Pending,
+            (false, _) if parked => self.watch(cx),
+            (false, _) => {
+                self.watch = None;
+                Poll::Pending
+            }
         }
     }
 
@@ -190,7 +196,7 @@ impl Relay {
         result
     }
 
-    /// The application has ended its direction and waits for the rest: only a reset of it is still to be noticed.
+    /// Nothing is read from the application: only a reset of it is still to be noticed.
     fn watch(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         let app = &self.app;
         let watch = self.watch.get_or_insert_with(|| {

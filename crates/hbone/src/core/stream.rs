@@ -44,6 +44,11 @@ impl<T> Entry<T> {
         self.answered
     }
 
+    /// It wanted to send and could not.
+    pub(crate) fn is_parked(&self) -> bool {
+        self.place.is_some() || self.starved
+    }
+
     /// We have ended our direction.
     pub fn local_ended(&self) -> bool {
         self.local_ended

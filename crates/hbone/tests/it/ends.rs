@@ -278,3 +278,27 @@ fn a_reset_without_an_error_after_the_end_is_a_close() {
         }
     });
 }
+
+/// What a stream has no room for is not read, and so neither is a reset behind it.
+#[test]
+fn the_applications_reset_is_noticed_while_there_is_no_window() {
+    run(async {
+        let config = Config { stream_window: 64 << 10, ..Config::default() };
+        let (client, mut server) = pair(&config, &config).await;
+        let (ours, theirs) = open(&client, &mut server).await;
+        let (app, of_relay) = sockets().await;
+        let sender = relay(ours, of_relay);
+        until("the window is used up and more waits", || {
+            let taken = app.try_write(&[7; 64 << 10]);
+            sender.counters.load().0 == 64 << 10 && taken.is_err()
+        })
+        .await;
+        reset(app);
+        let end = sender.task.await.unwrap();
+        assert!(matches!(end, End::Application(_)), "{end}");
+        let mut theirs = theirs.into_io();
+        let mut bytes = Vec::new();
+        theirs.read_to_end(&mut bytes).await.expect_err("not an end");
+        assert!(bytes.iter().all(|byte| *byte == 7) && bytes.len() <= 64 << 10);
+    });
+}
