@@ -171,7 +171,11 @@ impl Link {
         self.closing.set(true);
         *self.ended.borrow_mut() = Some(why.clone());
         self.driver.take();
-        self.core.borrow_mut().each(|entry| entry.data.wake());
+        let mut core = self.core.borrow_mut();
+        core.finish();
+        core.each(|entry| entry.data.wake());
+        drop(core);
+        self.replies.take();
     }
 
     pub(crate) fn ended(&self) -> Option<Ended> {

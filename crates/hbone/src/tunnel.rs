@@ -127,10 +127,15 @@ impl Tunnel {
             return Err(ended.into());
         }
         let mut core = self.link().core.borrow_mut();
-        if core.goaway().is_some() {
+        if core.goaway().is_some() || core.is_used_up() {
             return Err(OpenError::Full);
         }
-        core.open(request, Local::default()).ok_or(OpenError::Invalid)
+        let stream = core.open(request, Local::default()).ok_or(OpenError::Invalid)?;
+        if core.is_used_up() {
+            // It was the last one: others are for another tunnel.
+            self.link().closing.set(true);
+        }
+        Ok(stream)
     }
 }
 
@@ -181,5 +186,27 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Future for Driver<IO> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Ended> {
         // Nobody asks a client.
         self.machine.poll(cx, &mut |_, _| {})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::headers::Headers;
+
+    #[tokio::test]
+    async fn a_tunnel_without_stream_numbers_is_full_and_gives_way_to_another() {
+        let (near, _far) = tokio::io::duplex(1000);
+        let (tunnel, _driver) = Tunnel::connect(near, &Config::default()).await.unwrap();
+        let request = Request { target: "10.0.0.1:80".parse().unwrap(), headers: Headers::default() };
+        tunnel.link().core.borrow_mut().skip_to(0x7fff_fffd);
+        assert_eq!(tunnel.ask(&request).unwrap(), 0x7fff_fffd);
+        assert!(!tunnel.is_retired());
+        assert_eq!(tunnel.ask(&request).unwrap(), 0x7fff_ffff, "the last one");
+        assert!(tunnel.is_retired());
+        assert_eq!(tunnel.free(), 0);
+        let error = tunnel.ask(&request).unwrap_err();
+        assert!(matches!(error, OpenError::Full), "{error}");
+        assert!(error.unprocessed(), "another tunnel may be tried");
     }
 }

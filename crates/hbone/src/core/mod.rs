@@ -273,6 +273,12 @@ impl<T: Default> Core<T> {
         self.out.written(n.min(self.out.len()));
     }
 
+    /// As if so many streams had been opened.
+    #[cfg(test)]
+    pub(crate) fn skip_to(&mut self, next: u32) {
+        self.next = next;
+    }
+
     pub(crate) fn is_client(&self) -> bool {
         self.role == Role::Client
     }

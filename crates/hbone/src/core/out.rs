@@ -20,6 +20,8 @@ pub(crate) struct Out {
     buffer: Option<Buffer>,
     start: usize,
     end: usize,
+    /// Nothing will be written any more, and nothing is gathered.
+    shut: bool,
 }
 
 #[derive(Debug)]
@@ -39,6 +41,15 @@ impl Buffer {
 }
 
 impl Out {
+    /// Gives back the memory: nobody will write what waits, nor what comes.
+    pub(super) fn shut(&mut self) {
+        *self = Self { shut: true, ..Self::default() };
+    }
+
+    pub(super) fn is_shut(&self) -> bool {
+        self.shut
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.start == self.end
     }
@@ -100,6 +111,9 @@ impl Out {
     }
 
     pub(super) fn put(&mut self, bytes: &[u8]) {
+        if self.shut {
+            return;
+        }
         self.reserve(bytes.len())[..bytes.len()].copy_from_slice(bytes);
         self.end += bytes.len();
     }

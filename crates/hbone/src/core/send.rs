@@ -5,7 +5,7 @@ use std::io::{self, IoSliceMut};
 use http::StatusCode;
 
 use super::frame::{self, Frame};
-use super::hpack;
+use super::hpack::{self, Decoder};
 use super::message::{self, Block};
 use super::{Core, Drain, Role};
 use crate::reason::Reason;
@@ -31,12 +31,17 @@ pub(crate) enum Sent {
 }
 
 impl<T: Default> Core<T> {
-    /// Asks for a stream. None: the request cannot be written, or there are no more streams.
+    /// Whether every stream that a client can open was opened.
+    pub(crate) fn is_used_up(&self) -> bool {
+        self.next > LAST
+    }
+
+    /// Asks for a stream, of which there must be one left. None: the request cannot be written.
     pub(crate) fn open(&mut self, request: &Request, data: T) -> Option<u32> {
-        debug_assert!(self.role == Role::Client, "only clients open streams");
-        if self.next > LAST {
-            return None;
-        }
+        debug_assert!(
+            self.role == Role::Client && !self.is_used_up(),
+            "only clients open streams, as long as there are any"
+        );
         let block = message::write_request(request)?;
         let stream = self.next;
         self.next += 2;
@@ -77,7 +82,7 @@ impl<T: Default> Core<T> {
     ) -> Sent {
         let Some(entry) = self.streams.get_mut(stream) else { return Sent::Closed };
         let place = entry.place.take();
-        if entry.reset.is_some() || entry.local_ended {
+        if entry.reset.is_some() || entry.local_ended || self.out.is_shut() {
             return Sent::Closed;
         }
         let window = usize::try_from(entry.send_window.min(self.send_window)).unwrap_or(0);
@@ -196,6 +201,13 @@ impl<T: Default> Core<T> {
             self.say_goaway(LAST, Reason::NO_ERROR);
             self.out.frame(frame::PING, 0, 0, DRAIN);
         }
+    }
+
+    /// Nobody reads or writes any more: memory that only that needs is given back, though streams are still to be released.
+    pub(crate) fn finish(&mut self) {
+        self.out.shut();
+        (self.partial, self.block, self.queue) = Default::default();
+        self.decoder = Decoder::default();
     }
 
     /// The last words.
