@@ -7,10 +7,63 @@ use http::StatusCode;
 
 use crate::reason::Reason;
 
-/// A peer that sends more frames without content than an honest one would.
+/// A peer that does more than an honest one would of what costs it little and us something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the peer floods the tunnel with {0} frames")]
-pub struct Flood(pub &'static str);
+#[non_exhaustive]
+pub enum Flood {
+    /// Empty ones, or nothing but padding.
+    #[error("the peer floods the tunnel with DATA frames without data")]
+    Data,
+    /// Too many that lead to nothing, or a block that is or unfolds to too much.
+    #[error("the peer floods the tunnel with HEADERS")]
+    Headers,
+    /// PRIORITY, which means nothing.
+    #[error("the peer floods the tunnel with PRIORITY frames")]
+    Priority,
+    /// For streams that are gone.
+    #[error("the peer floods the tunnel with RST_STREAM frames")]
+    Reset,
+    /// Settings, or acknowledgements of none.
+    #[error("the peer floods the tunnel with SETTINGS")]
+    Settings,
+    /// Pings, or answers to none.
+    #[error("the peer floods the tunnel with PING frames")]
+    Ping,
+    /// More than one says.
+    #[error("the peer floods the tunnel with GOAWAY frames")]
+    GoAway,
+    /// More than what was sent explains.
+    #[error("the peer floods the tunnel with WINDOW_UPDATE frames")]
+    WindowUpdate,
+    /// A header block without end.
+    #[error("the peer floods the tunnel with CONTINUATION frames")]
+    Continuation,
+    /// Frames that HTTP/2 does not know.
+    #[error("the peer floods the tunnel with unknown frames")]
+    Unknown,
+    /// Requests that the peer takes back before they are answered (CVE-2023-44487), or spoils so that we reset them (CVE-2025-8671).
+    #[error("the peer floods the tunnel with requests that it takes back or spoils")]
+    Abandoned,
+}
+
+impl Flood {
+    /// As it is called in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Data => "flood_data",
+            Self::Headers => "flood_headers",
+            Self::Priority => "flood_priority",
+            Self::Reset => "flood_rst_stream",
+            Self::Settings => "flood_settings",
+            Self::Ping => "flood_ping",
+            Self::GoAway => "flood_goaway",
+            Self::WindowUpdate => "flood_window_update",
+            Self::Continuation => "flood_continuation",
+            Self::Unknown => "flood_unknown",
+            Self::Abandoned => "flood_abandoned",
+        }
+    }
+}
 
 /// A peer that does what HTTP/2 forbids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -47,6 +100,23 @@ pub enum Ended {
     /// No sign of life.
     #[error("the peer is silent and does not answer pings")]
     Silent,
+}
+
+impl Ended {
+    /// What an operator should hear of the peer, if it ended by something that no honest one does: one of a few names.
+    pub fn offence(&self) -> Option<&'static str> {
+        match self {
+            Self::Protocol(violation) => Some(match violation.reason {
+                Reason::FLOW_CONTROL_ERROR => "flow_control_error",
+                Reason::FRAME_SIZE_ERROR => "frame_size_error",
+                Reason::COMPRESSION_ERROR => "compression_error",
+                _ => "protocol_error",
+            }),
+            Self::Flood(flood) => Some(flood.label()),
+            Self::Handshake => Some("settings_timeout"),
+            _ => None,
+        }
+    }
 }
 
 /// Why there is no stream.

@@ -1,5 +1,7 @@
 //! Frames as they lie on the wire (RFC 9113 §4.1, §6).
 
+use crate::error::Flood;
+
 /// What a client says first (RFC 9113 §3.4).
 pub(crate) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Length of a frame's header.
@@ -49,21 +51,20 @@ impl Frame {
         self.flags & flag != 0
     }
 
-    /// What a flood of such frames is called.
-    pub(crate) fn name(kind: u8) -> &'static str {
-        const NAMES: [&str; 10] = [
-            "DATA",
-            "HEADERS",
-            "PRIORITY",
-            "RST_STREAM",
-            "SETTINGS",
-            "PUSH_PROMISE",
-            "PING",
-            "GOAWAY",
-            "WINDOW_UPDATE",
-            "CONTINUATION",
-        ];
-        NAMES.get(usize::from(kind)).copied().unwrap_or("unknown")
+    /// What too many of a kind are.
+    pub(crate) fn flood(kind: u8) -> Flood {
+        match kind {
+            DATA => Flood::Data,
+            HEADERS => Flood::Headers,
+            PRIORITY => Flood::Priority,
+            RST_STREAM => Flood::Reset,
+            SETTINGS => Flood::Settings,
+            PING => Flood::Ping,
+            GOAWAY => Flood::GoAway,
+            WINDOW_UPDATE => Flood::WindowUpdate,
+            CONTINUATION => Flood::Continuation,
+            _ => Flood::Unknown,
+        }
     }
 }
 

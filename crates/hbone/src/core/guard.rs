@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | idle | frames that carry nothing: PING, SETTINGS, PRIORITY, unknown and empty ones, and whatever concerns no stream of ours | time |
 //! | updates | WINDOW_UPDATE | what we send: an honest peer takes it and says so; then like the others |
-//! | late | RST_STREAM and HEADERS of streams that are gone | each stream that we reset: the peer may have ended it meanwhile; then like the others |
+//! | late | what comes of streams that are gone: RST_STREAM, HEADERS, empty DATA | each stream that is gone: what the peer said of it may have crossed what we said; then like the others |
 //! | abandoned | requests that the peer takes back before they are answered, or spoils | time |
 
 use std::time::Duration;
@@ -20,6 +20,10 @@ const ABANDONED_EACH_SECOND: u64 = 100;
 const UPDATES: u64 = 2;
 /// A frame that the peer takes in pieces may cause updates for each of this many bytes.
 const PIECE: u64 = 1024;
+/// What an honest peer may still say of a stream that is gone: it answers, ends its direction, and gives the stream up.
+const LATE: u64 = 3;
+/// Late frames that are under way at most. Those of streams that went long ago will not come any more.
+const LATE_AT_ONCE: u64 = 16_384;
 
 #[derive(Debug)]
 pub(super) struct Guard {
@@ -47,7 +51,7 @@ impl Guard {
             self.left = (eighths * f64::from(self.budget) / 8.0).min(f64::from(self.budget)) as u32;
             self.restored = now;
         }
-        self.left = self.left.checked_sub(1).ok_or(Flood(Frame::name(kind)))?;
+        self.left = self.left.checked_sub(1).ok_or(Frame::flood(kind))?;
         Ok(())
     }
 
@@ -65,9 +69,9 @@ impl Guard {
         Ok(())
     }
 
-    /// We have reset a stream, which the peer does not know yet.
-    pub(super) fn reset(&mut self) {
-        self.late += 1;
+    /// So many streams are gone, which the peer may not know yet.
+    pub(super) fn gone(&mut self, streams: u64) {
+        self.late = (self.late + LATE * streams).min(LATE_AT_ONCE);
     }
 
     /// A frame came for a stream that is gone.
@@ -84,7 +88,7 @@ impl Guard {
         let restored = now.as_secs().saturating_sub(self.counted).saturating_mul(ABANDONED_EACH_SECOND);
         self.counted = now.as_secs();
         self.may_abandon = self.may_abandon.saturating_add(restored).min(ABANDONED);
-        self.may_abandon = self.may_abandon.checked_sub(1).ok_or(Flood(Frame::name(frame::RST_STREAM)))?;
+        self.may_abandon = self.may_abandon.checked_sub(1).ok_or(Flood::Abandoned)?;
         Ok(())
     }
 }
@@ -103,11 +107,11 @@ mod tests {
         for _ in 0..8 {
             guard.idle(frame::PING, at(0)).unwrap();
         }
-        assert_eq!(guard.idle(frame::PING, at(0)), Err(Flood("PING")));
+        assert_eq!(guard.idle(frame::PING, at(0)), Err(Flood::Ping));
         for _ in 0..2 {
             guard.idle(frame::PING, at(2)).unwrap();
         }
-        assert_eq!(guard.idle(99, at(2)), Err(Flood("unknown")));
+        assert_eq!(guard.idle(99, at(2)), Err(Flood::Unknown));
         for _ in 0..8 {
             guard.idle(frame::PING, at(1000)).unwrap();
         }
@@ -126,18 +130,28 @@ mod tests {
         for _ in 0..3 {
             guard.update(at(0)).unwrap();
         }
-        assert_eq!(guard.update(at(0)), Err(Flood("WINDOW_UPDATE")));
+        assert_eq!(guard.update(at(0)), Err(Flood::WindowUpdate));
     }
 
     #[test]
-    fn resets_may_cross() {
+    fn the_last_words_of_two_may_cross() {
         let mut guard = Guard::new(1);
-        for _ in 0..1000 {
-            guard.reset();
-            guard.late(frame::RST_STREAM, at(0)).unwrap();
+        for _ in 0..100_000 {
+            guard.gone(1);
+            for kind in [frame::HEADERS, frame::DATA, frame::RST_STREAM] {
+                guard.late(kind, at(0)).unwrap();
+            }
         }
         guard.late(frame::RST_STREAM, at(0)).unwrap();
-        assert_eq!(guard.late(frame::RST_STREAM, at(0)), Err(Flood("RST_STREAM")));
+        assert_eq!(guard.late(frame::RST_STREAM, at(0)), Err(Flood::Reset));
+    }
+
+    #[test]
+    fn streams_of_long_ago_excuse_nothing() {
+        let mut guard = Guard::new(1);
+        guard.gone(1_000_000);
+        let excused = (0..).take_while(|_| guard.late(frame::HEADERS, at(0)).is_ok()).count() as u64;
+        assert_eq!(excused, LATE_AT_ONCE + 1);
     }
 
     #[test]
@@ -146,7 +160,7 @@ mod tests {
         for _ in 0..200 {
             guard.abandoned(at(0)).unwrap();
         }
-        assert_eq!(guard.abandoned(at(0)), Err(Flood("RST_STREAM")));
+        assert_eq!(guard.abandoned(at(0)), Err(Flood::Abandoned));
         for second in 1..100 {
             for _ in 0..100 {
                 guard.abandoned(at(second)).unwrap();

@@ -162,9 +162,9 @@ impl<T: Default> Core<T> {
         let needed = match frame.kind {
             frame::DATA => return self.begin_data(frame, now),
             frame::HEADERS | frame::CONTINUATION if length > BLOCK * self.config.header_list as usize => {
-                return Err(Flood(Frame::name(frame.kind)).into());
+                return Err(Frame::flood(frame.kind).into());
             }
-            frame::SETTINGS if length > SETTINGS => return Err(Flood(Frame::name(frame.kind)).into()),
+            frame::SETTINGS if length > SETTINGS => return Err(Frame::flood(frame.kind).into()),
             frame::PUSH_PROMISE => return Err(violation(Reason::PROTOCOL_ERROR, "it pushes")),
             frame::GOAWAY => 8,
             frame::HEADERS..=frame::CONTINUATION => length,
@@ -205,6 +205,12 @@ impl<T: Default> Core<T> {
         }
     }
 
+    /// Something came for a stream that is gone.
+    fn late(&mut self, kind: u8, now: Duration) -> Result<(), Flood> {
+        self.guard.gone(std::mem::take(&mut self.streams.gone));
+        self.guard.late(kind, now)
+    }
+
     fn is_open(&self, stream: u32) -> bool {
         self.streams.get(stream).is_some_and(|entry| !entry.is_closed())
     }
@@ -230,7 +236,7 @@ impl<T: Default> Core<T> {
         let Some(entry) = self.streams.get_mut(frame.stream).filter(|entry| !entry.is_closed()) else {
             // It may not have heard yet that the stream is gone.
             if frame.length == 0 {
-                self.guard.late(frame::DATA, now)?;
+                self.late(frame::DATA, now)?;
             }
             return Ok(None);
         };
@@ -334,7 +340,7 @@ impl<T: Default> Core<T> {
         block.frames += 1;
         let limit = BLOCK * self.config.header_list as usize;
         if block.frames > BLOCK_FRAMES || block.bytes.len() + payload.len() > limit {
-            return Err(Flood(Frame::name(frame::CONTINUATION)).into());
+            return Err(Flood::Continuation.into());
         }
         block.bytes.extend_from_slice(payload);
         if !frame.has(frame::END_HEADERS) {
@@ -353,7 +359,7 @@ impl<T: Default> Core<T> {
         let read = self.decoder.decode(block, BLOCK * list, &mut |name, value| fields.field(name, value));
         match read {
             Ok(()) => {}
-            Err(Unreadable::TooLarge) => return Err(Flood(Frame::name(frame::HEADERS)).into()),
+            Err(Unreadable::TooLarge) => return Err(Flood::Headers.into()),
             Err(Unreadable::Malformed) => {
                 return Err(violation(Reason::COMPRESSION_ERROR, "a header block is not HPACK"));
             }
@@ -362,7 +368,7 @@ impl<T: Default> Core<T> {
             Role::Server if stream > self.last_peer => self.request(stream, end, fields, now),
             _ if !self.is_open(stream) => {
                 // It may not have heard yet that the stream is gone.
-                self.guard.late(frame::HEADERS, now)?;
+                self.late(frame::HEADERS, now)?;
                 Ok(None)
             }
             _ if self.streams.get(stream).is_some_and(|entry| entry.remote_ended) => {
@@ -378,6 +384,8 @@ impl<T: Default> Core<T> {
 
     fn request(&mut self, stream: u32, end: bool, fields: Fields, now: Duration) -> Received {
         self.last_peer = stream;
+        // Unless it is taken below.
+        self.streams.gone += 1;
         if self.drain == Drain::Heard || self.streams.active >= self.config.server_streams as usize {
             self.guard.idle(frame::HEADERS, now)?;
             self.write_reset(stream, Reason::REFUSED_STREAM);
@@ -390,6 +398,7 @@ impl<T: Default> Core<T> {
         match &head {
             Ok(_) => {
                 let window = self.window();
+                self.streams.gone -= 1;
                 let entry = self.streams.insert(stream, self.peer.stream_window, window, T::default());
                 entry.remote_ended = end;
             }
@@ -430,7 +439,7 @@ impl<T: Default> Core<T> {
             entry.reset = Some(reason);
         });
         if !reset {
-            self.guard.late(frame::RST_STREAM, now)?;
+            self.late(frame::RST_STREAM, now)?;
             return Ok(None);
         }
         if !answered && self.role == Role::Server {

@@ -223,7 +223,6 @@ impl<T: Default> Core<T> {
     }
 
     pub(super) fn write_reset(&mut self, stream: u32, reason: Reason) {
-        self.guard.reset();
         self.out.frame(frame::RST_STREAM, 0, stream, &u32::from(reason).to_be_bytes());
     }
 

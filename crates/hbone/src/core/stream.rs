@@ -71,11 +71,13 @@ pub(super) struct Streams<T> {
     entries: HashMap<u32, Entry<T>, BuildHasherDefault<ById>>,
     /// Those that are not closed.
     pub(super) active: usize,
+    /// Those that were closed, or refused at once, since this was looked at.
+    pub(super) gone: u64,
 }
 
 impl<T> Default for Streams<T> {
     fn default() -> Self {
-        Self { entries: HashMap::default(), active: 0 }
+        Self { entries: HashMap::default(), active: 0, gone: 0 }
     }
 }
 
@@ -113,7 +115,10 @@ impl<T> Streams<T> {
         match self.entries.get_mut(&id) {
             Some(entry) if !entry.is_closed() => {
                 change(entry);
-                self.active -= usize::from(entry.is_closed());
+                if entry.is_closed() {
+                    self.active -= 1;
+                    self.gone += 1;
+                }
                 true
             }
             _ => false,
@@ -122,7 +127,10 @@ impl<T> Streams<T> {
 
     pub(super) fn remove(&mut self, id: u32) -> Option<Entry<T>> {
         let entry = self.entries.remove(&id)?;
-        self.active -= usize::from(!entry.is_closed());
+        if !entry.is_closed() {
+            self.active -= 1;
+            self.gone += 1;
+        }
         if self.entries.is_empty() && self.entries.capacity() > KEPT {
             // An idle tunnel keeps little of its busy times.
             self.entries.shrink_to(KEPT);
@@ -138,7 +146,10 @@ impl<T> Streams<T> {
     pub(super) fn change_each(&mut self, change: impl Fn(&mut Entry<T>)) {
         for entry in self.entries.values_mut().filter(|entry| !entry.is_closed()) {
             change(entry);
-            self.active -= usize::from(entry.is_closed());
+            if entry.is_closed() {
+                self.active -= 1;
+                self.gone += 1;
+            }
         }
     }
 }

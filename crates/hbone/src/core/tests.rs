@@ -552,3 +552,64 @@ fn nobody_waits_for_room_for_ever() {
     assert_eq!(sent.len(), streams.len());
     assert!(most - least <= 1 << 20, "{sent:?}");
 }
+
+/// What the last words of two that end at the same time say of streams that are gone is no waste, however often.
+#[test]
+fn ends_and_resets_may_cross() {
+    let config = Config { idle_frames: 2, ..Config::default() };
+    let (mut client, mut server) = (Side::new(Core::client(&config)), Side::new(Core::server(&config)));
+    for round in 0..20_000u32 {
+        let stream = client.core.open(&request(), ()).unwrap();
+        client.streams.insert(stream, Told::default());
+        settle(&mut client, &mut server);
+        assert!(server.core.answer(stream, &ResponseHead::default()));
+        if round & 1 == 0 {
+            settle(&mut client, &mut server);
+        }
+        // Each ends its direction, or not, and gives the stream up, or not, before it has heard of the other.
+        for (side, ways) in [(&mut client, round >> 1), (&mut server, round >> 3)] {
+            if ways & 1 == 0 {
+                side.core.end(stream);
+            }
+            if ways & 2 == 0 {
+                side.core.release(stream);
+            }
+        }
+        cross(&mut client, &mut server);
+        for side in [&mut client, &mut server] {
+            side.core.release(stream);
+            (side.streams, side.asked) = Default::default();
+        }
+        cross(&mut client, &mut server);
+    }
+}
+
+/// What both have said reaches the other, without either having heard it before.
+fn cross(client: &mut Side, server: &mut Side) {
+    let said = [&mut *client, &mut *server].map(|side| {
+        let said = side.core.out.bytes().to_vec();
+        side.core.written(usize::MAX);
+        said
+    });
+    for (side, said) in [(server, &said[0]), (client, &said[1])] {
+        let mut at = 0;
+        while side.core.receive(said, &mut at, NOW).expect("nobody floods").is_some() {}
+    }
+}
+
+/// Streams of a tunnel that is gone may live on for a while: nothing that they say is kept, nor what waited.
+#[test]
+fn a_tunnel_that_is_gone_gathers_nothing() {
+    let mut core = Core::<()>::client(&Config::default());
+    let streams: Vec<u32> = (0..3).map(|_| core.open(&request(), ()).unwrap()).collect();
+    assert!(!core.out.is_empty());
+    core.finish();
+    assert!(core.out.is_empty());
+    core.end(streams[0]);
+    core.reset(streams[1], Reason::CANCEL);
+    core.release(streams[1]);
+    core.ping();
+    core.close(Reason::NO_ERROR);
+    assert!(matches!(core.send(streams[2], 100, |_| Ok(100)), Sent::Closed));
+    assert!(core.out.is_empty());
+}

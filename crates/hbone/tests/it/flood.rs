@@ -40,22 +40,22 @@ fn ignore(incoming: Incoming) {
     std::mem::forget(incoming);
 }
 
-fn assert_flood(ended: &Ended, by: &str) {
-    assert!(matches!(ended, Ended::Flood(Flood(name)) if *name == by), "{by}: {ended:?}");
+fn assert_flood(ended: &Ended, by: Flood) {
+    assert!(matches!(ended, Ended::Flood(flood) if *flood == by), "{by:?}: {ended:?}");
 }
 
 #[test]
 fn frames_that_carry_nothing() {
-    for (name, kind, payload) in [
-        ("PING", PING, &[0u8; 8][..]),
-        ("SETTINGS", SETTINGS, &[]),
-        ("PRIORITY", PRIORITY, &[0; 5]),
-        ("unknown", 99, &[]),
+    for (flood, kind, payload) in [
+        (Flood::Ping, PING, &[0u8; 8][..]),
+        (Flood::Settings, SETTINGS, &[]),
+        (Flood::Priority, PRIORITY, &[0; 5]),
+        (Flood::Unknown, 99, &[]),
     ] {
         let stream = if kind == PRIORITY { 1 } else { 0 };
         run(async {
             let ended = flooded(hello(), |_| frame(kind, 0, stream, payload), ignore).await;
-            assert_flood(&ended, name);
+            assert_flood(&ended, flood);
         });
     }
 }
@@ -64,7 +64,7 @@ fn frames_that_carry_nothing() {
 fn acknowledgements_that_nobody_asked_for() {
     run(async {
         let ended = flooded(hello(), |_| frame(PING, 1, 0, &[9; 8]), ignore).await;
-        assert_flood(&ended, "PING");
+        assert_flood(&ended, Flood::Ping);
     });
 }
 
@@ -147,7 +147,7 @@ fn patient_rapid_reset() {
             incoming.abandoned().await;
         }
         let ended = server.task.await.unwrap();
-        assert_flood(&ended, "RST_STREAM");
+        assert_flood(&ended, Flood::Abandoned);
         let goaway = peer.next(|frame| frame.kind == GOAWAY).await.expect("the peer is told");
         assert_eq!(goaway.payload[4..8], u32::from(Reason::ENHANCE_YOUR_CALM).to_be_bytes());
     });
@@ -217,8 +217,8 @@ fn a_server_that_floods_its_client() {
         let mut peer = Peer::server(far);
         peer.send(&frame(SETTINGS, 0, 0, &[])).await;
         while !task.is_finished() && peer.try_send(&frame(PING, 0, 0, &[1; 8])).await {}
-        assert_flood(&(&mut task).await.unwrap(), "PING");
-        assert_flood(&tunnel.ended().unwrap(), "PING");
+        assert_flood(&(&mut task).await.unwrap(), Flood::Ping);
+        assert_flood(&tunnel.ended().unwrap(), Flood::Ping);
         assert_eq!(tunnel.free(), 0);
     });
 }
@@ -289,7 +289,7 @@ fn requests_that_are_spoilt() {
 fn windows_that_nobody_has_used() {
     run(async {
         let ended = flooded(opened(), |_| frame(WINDOW_UPDATE, 0, 0, &[0, 0, 0, 1]), ignore).await;
-        assert_flood(&ended, "WINDOW_UPDATE");
+        assert_flood(&ended, Flood::WindowUpdate);
     });
 }
 
@@ -298,11 +298,11 @@ fn frames_for_streams_that_are_gone() {
     let done = || [opened(), frame(RST_STREAM, 0, 1, &8u32.to_be_bytes())].concat();
     run(async {
         let ended = flooded(done(), |_| frame(RST_STREAM, 0, 1, &8u32.to_be_bytes()), ignore).await;
-        assert_flood(&ended, "RST_STREAM");
+        assert_flood(&ended, Flood::Reset);
     });
     run(async {
         let ended = flooded(done(), |_| frame(HEADERS, END_HEADERS, 1, &connect_block()), ignore).await;
-        assert_flood(&ended, "HEADERS");
+        assert_flood(&ended, Flood::Headers);
     });
 }
 
@@ -311,13 +311,13 @@ fn requests_beyond_the_limit_of_streams_and_requests_that_are_none() {
     run(async {
         let again = |round: u32| frame(HEADERS, END_HEADERS, 2 * round + 1, &connect_block());
         let ended = flooded(hello(), again, ignore).await;
-        assert_flood(&ended, "HEADERS");
+        assert_flood(&ended, Flood::Headers);
     });
     run(async {
         let get = block(&[(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "x")]);
         let again = move |round: u32| frame(HEADERS, END_HEADERS, 2 * round + 1, &get);
         let ended = flooded(hello(), again, ignore).await;
-        assert_flood(&ended, "HEADERS");
+        assert_flood(&ended, Flood::Headers);
     });
 }
 
@@ -333,7 +333,7 @@ fn a_block_that_unfolds() {
         let mut server = Server::new(far, &config());
         let mut peer = Peer::new(near);
         peer.send(&[hello(), frame(HEADERS, END_HEADERS, 1, &bomb)].concat()).await;
-        assert_flood(&(&mut server.task).await.unwrap(), "HEADERS");
+        assert_flood(&(&mut server.task).await.unwrap(), Flood::Headers);
         assert!(server.asked.try_recv().is_err());
     });
 }
