@@ -139,12 +139,14 @@ impl Authenticated {
                 () = proved.proof().is_withdrawn() => {}
             }
         };
-        match zspire_hbone::serve(stream, &pod.shared().config.tunnel, &handler, drain).await {
-            Ended::Closed => tracing::debug!(%source, %peer, "tunnel closed"),
-            ended @ (Ended::Flood(_) | Ended::Protocol(_) | Ended::Handshake) => {
-                tracing::warn!(%source, %peer, error = %Chain(&ended), "tunnel ended: the peer broke the protocol");
+        let ended = zspire_hbone::serve(stream, &pod.shared().config.tunnel, &handler, drain).await;
+        let error = Chain(&ended);
+        match (&ended, pod.shared().metrics.tunnel_ended(Reporter::Destination, &ended)) {
+            (_, Some(reason)) => {
+                tracing::warn!(%source, %peer, reason, %error, "tunnel ended by an offence of the peer")
             }
-            ended => tracing::debug!(%source, %peer, error = %Chain(&ended), "tunnel ended"),
+            (Ended::Closed, None) => tracing::debug!(%source, %peer, "tunnel closed"),
+            (_, None) => tracing::debug!(%source, %peer, %error, "tunnel ended"),
         }
     }
 }

@@ -16,6 +16,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+use zspire_hbone::Ended;
 use zspire_model::{Service, SpiffeId, Str, Workload};
 
 /// Which end of a connection reports it.
@@ -238,6 +239,7 @@ struct Inner {
     early_denials: Family<Static, Counter>,
     cuts: Family<Static, Counter>,
     retries: Family<Static, Counter>,
+    offences: Family<Static, Counter>,
     /// By reporter.
     revoked: [AtomicU64; 2],
     tunnels: AtomicI64,
@@ -259,6 +261,7 @@ impl Default for Metrics {
             early_denials: Family::default(),
             cuts: Family::default(),
             retries: Family::default(),
+            offences: Family::default(),
             revoked: Default::default(),
             tunnels: AtomicI64::new(0),
             tunnel_waits: Counter::default(),
@@ -301,6 +304,11 @@ impl Metrics {
             "upstream_retries",
             "Connections that were tried on another endpoint, by the response flag of the one that failed",
             self.0.retries.clone(),
+        );
+        zspire.register(
+            "tunnel_offences",
+            "Tunnels that were ended because the peer flooded them or broke HTTP/2, by what it did",
+            self.0.offences.clone(),
         );
         zspire.register("tunnel_waits", "Connections that waited for a tunnel to be made", self.0.tunnel_waits.clone());
         zspire.register_collector(Box::new(Tunnels(self.clone())));
@@ -359,6 +367,13 @@ impl Metrics {
     /// A live connection was cut.
     pub fn cut(&self, reporter: Reporter, reason: &'static str) {
         self.0.cuts.get_or_create(&vec![("reporter", reporter.as_str()), ("reason", reason)]).inc();
+    }
+
+    /// A tunnel has ended. What only a peer does that is broken or hostile is counted; its name is returned.
+    pub fn tunnel_ended(&self, reporter: Reporter, ended: &Ended) -> Option<&'static str> {
+        let offence = ended.offence()?;
+        self.0.offences.get_or_create(&vec![("reporter", reporter.as_str()), ("reason", offence)]).inc();
+        Some(offence)
     }
 
     /// A connection is tried on another endpoint.

@@ -417,9 +417,10 @@ impl Routed {
         // Where the peer is, nobody here knows: only the way to it.
         let address = self.connect.ip();
         let proved = pod.live().prove(Reporter::Source, credentials.id().clone(), begun.peer, address);
-        let (proof, driver) = (proved.proof().clone(), begun.driver);
+        let (proof, driver, metrics) = (proved.proof().clone(), begun.driver, pod.shared().metrics.clone());
         pod.connections().spawn(async move {
-            driver.await;
+            let ended = driver.await;
+            metrics.tunnel_ended(Reporter::Source, &ended);
             drop(proved);
         });
         let network = Some(self.local.workload.network.clone()).filter(|network| !network.is_empty());

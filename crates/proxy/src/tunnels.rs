@@ -180,12 +180,13 @@ impl Tunnels {
         let driver = Box::pin(async move {
             let ended = driver.await;
             drop(proved);
-            if let Some(tunnels) = tunnels.upgrade() {
-                tunnels.made.borrow_mut().remove(&id);
-            }
-            match ended {
-                Ended::Closed => tracing::debug!(peer = %key.destination, "tunnel closed"),
-                ended => tracing::debug!(peer = %key.destination, error = %Chain(&ended), "tunnel ended"),
+            let Some(tunnels) = tunnels.upgrade() else { return };
+            tunnels.made.borrow_mut().remove(&id);
+            let (peer, error) = (key.destination, Chain(&ended));
+            match (&ended, tunnels.shared.metrics.tunnel_ended(Reporter::Source, &ended)) {
+                (_, Some(reason)) => tracing::warn!(%peer, reason, %error, "tunnel ended by an offence of the peer"),
+                (Ended::Closed, None) => tracing::debug!(%peer, "tunnel closed"),
+                (_, None) => tracing::debug!(%peer, %error, "tunnel ended"),
             }
         });
         Ok(Connected { tunnel, driver, until: Some(until) })
