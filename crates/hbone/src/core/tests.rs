@@ -14,6 +14,8 @@ use crate::headers::Headers;
 use crate::reason::Reason;
 use crate::request::{Request, ResponseHead};
 
+mod hostile;
+
 const NOW: Duration = Duration::ZERO;
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {

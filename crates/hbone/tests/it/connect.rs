@@ -7,8 +7,8 @@ use zspire_hbone::headers::{Baggage, Headers};
 use zspire_hbone::{Config, Malformed, OpenError, Reason, Request, ResponseHead, Target};
 
 use crate::support::{
-    END_HEADERS, HEADERS, Peer, RST_STREAM, Server, block, connect_block, frame, hello, open, pair, request, run,
-    run_paused, settle, until, wire,
+    DATA, END_HEADERS, HEADERS, Peer, RST_STREAM, SETTINGS, Server, block, connect_block, frame, hello, open, pair,
+    request, run, run_paused, settle, until, wire,
 };
 
 fn headers() -> Headers {
@@ -260,5 +260,29 @@ fn a_tunnel_in_a_tunnel() {
         );
         read.unwrap();
         assert!(received == sent);
+    });
+}
+
+/// What comes beside a refusal reaches nobody, and does not cost the tunnel its window.
+#[test]
+fn data_of_a_refusal_is_nobodys() {
+    run(async {
+        let (near, far) = wire();
+        let config =
+            Config { stream_window: 100_000, connection_window: 100_000, buffered_cap: 0, ..Config::default() };
+        let client = crate::support::client(near, &config).await;
+        let mut peer = Peer::server(far);
+        peer.send(&frame(SETTINGS, 0, 0, &[])).await;
+        for stream in (1..40).step_by(2) {
+            let refusal = block(&[(":status", "403")]);
+            let mut bytes = frame(HEADERS, END_HEADERS, stream, &refusal);
+            bytes.extend(frame(DATA, 0, stream, &[7; 50_000]));
+            let request = request("10.0.0.1:80");
+            let (opened, ()) = tokio::join!(client.tunnel.open(&request), peer.send(&bytes));
+            assert!(matches!(opened, Err(OpenError::Refused(StatusCode::FORBIDDEN))), "{opened:?}");
+            let reset = peer.next(|frame| frame.kind == RST_STREAM).await.expect("it is told to stop");
+            assert_eq!((reset.stream, reset.code()), (stream, u32::from(Reason::CANCEL)));
+        }
+        assert!(!client.task.is_finished());
     });
 }

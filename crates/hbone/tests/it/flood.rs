@@ -3,7 +3,7 @@
 use h2::server;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::spawn_local;
-use zspire_hbone::{Config, Ended, Flood, Incoming, Reason};
+use zspire_hbone::{Config, Ended, Flood, Incoming, Malformed, Reason};
 
 use crate::support::{
     CONTINUATION, Client, DATA, END_HEADERS, GOAWAY, HEADERS, PING, PRIORITY, Peer, RST_STREAM, SETTINGS, Server,
@@ -85,7 +85,7 @@ fn empty_data_to_a_stream_that_nobody_reads() {
             },
         )
         .await;
-        assert!(matches!(ended, Ended::Flood(_) | Ended::Protocol(_)), "{ended:?}");
+        assert_flood(&ended, Flood::Data);
     });
 }
 
@@ -103,7 +103,7 @@ fn empty_data_to_a_stream_that_is_relayed() {
             },
         )
         .await;
-        assert!(matches!(ended, Ended::Flood(_) | Ended::Protocol(_)), "{ended:?}");
+        assert_flood(&ended, Flood::Data);
     });
 }
 
@@ -122,7 +122,7 @@ fn rapid_reset() {
             spawn_local(async move { incoming.abandoned().await });
         })
         .await;
-        assert!(matches!(ended, Ended::Flood(_) | Ended::Protocol(_)), "{ended:?}");
+        assert_flood(&ended, Flood::Abandoned);
     });
 }
 
@@ -160,13 +160,13 @@ fn continuation_without_end() {
         start.extend(frame(HEADERS, 0, 1, &connect_block()));
         let some = block(&[("x-padding", &"x".repeat(100))]);
         let ended = flooded(start, |_| frame(CONTINUATION, 0, 1, &some), ignore).await;
-        assert!(matches!(ended, Ended::Protocol(_) | Ended::Flood(_)), "{ended:?}");
+        assert_flood(&ended, Flood::Continuation);
     });
     run(async {
         let mut start = hello();
         start.extend(frame(HEADERS, 0, 1, &connect_block()));
         let ended = flooded(start, |_| frame(CONTINUATION, 0, 1, &[]), ignore).await;
-        assert!(matches!(ended, Ended::Protocol(_) | Ended::Flood(_)), "{ended:?}");
+        assert_flood(&ended, Flood::Continuation);
     });
 }
 
@@ -186,9 +186,12 @@ fn a_header_list_that_is_too_large_reaches_no_handler() {
         bytes.extend(frame(HEADERS, 0, 1, first));
         bytes.extend(frame(CONTINUATION, END_HEADERS, 1, rest));
         peer.send(&bytes).await;
-        // It is refused by an answer, a reset or the end of the tunnel.
-        peer.next(|frame| frame.stream == 1 || frame.kind == GOAWAY).await.unwrap();
+        let answer = peer.next(|frame| frame.stream == 1 || frame.kind == GOAWAY).await.unwrap();
+        assert_eq!((answer.kind, server.malformed.take()), (HEADERS, vec![Malformed::TooLarge]), "431");
+        let reset = peer.next(|frame| frame.stream == 1 || frame.kind == GOAWAY).await.unwrap();
+        assert_eq!((reset.kind, reset.code()), (RST_STREAM, 0), "and nothing more is wanted of it");
         assert!(server.asked.try_recv().is_err());
+        assert!(!server.task.is_finished());
     });
 }
 
@@ -265,12 +268,13 @@ fn an_honest_peer_is_not_taken_for_a_flood() {
 #[test]
 fn requests_that_are_spoilt() {
     type Spoil = fn(u32) -> Vec<u8>;
-    let spoils: [(&str, Spoil); 3] = [
-        ("a window opened by nothing", |stream| frame(WINDOW_UPDATE, 0, stream, &[0; 4])),
-        ("a window beyond its size", |stream| frame(WINDOW_UPDATE, 0, stream, &[0x7f, 0xff, 0xff, 0xff])),
-        ("data before the answer", |stream| frame(DATA, 0, stream, &[1])),
+    // The budget for updates is the smaller one.
+    let spoils: [(Flood, Spoil); 3] = [
+        (Flood::WindowUpdate, |stream| frame(WINDOW_UPDATE, 0, stream, &[0; 4])),
+        (Flood::WindowUpdate, |stream| frame(WINDOW_UPDATE, 0, stream, &[0x7f, 0xff, 0xff, 0xff])),
+        (Flood::Abandoned, |stream| frame(DATA, 0, stream, &[1])),
     ];
-    for (what, spoil) in spoils {
+    for (flood, spoil) in spoils {
         run(async {
             let again = move |round: u32| {
                 let stream = 2 * round + 1;
@@ -280,7 +284,7 @@ fn requests_that_are_spoilt() {
                 spawn_local(async move { incoming.abandoned().await });
             })
             .await;
-            assert!(matches!(ended, Ended::Flood(_)), "{what}: {ended:?}");
+            assert_flood(&ended, flood);
         });
     }
 }

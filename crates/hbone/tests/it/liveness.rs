@@ -91,3 +91,22 @@ fn two_that_have_nothing_to_say_stay_connected() {
         open(&client, &mut server).await;
     });
 }
+
+/// A byte now and then is a sign of life, and no excuse for taking more time than the others have.
+#[test]
+fn a_client_that_says_its_settings_very_slowly() {
+    run_paused(async {
+        let (mut near, far) = wire();
+        let started = Instant::now();
+        let mut server = Server::new(far, &Config::default());
+        for byte in hello() {
+            if near.write_all(&[byte]).await.is_err() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        let ended = (&mut server.task).await.unwrap();
+        assert!(matches!(ended, Ended::Handshake), "{ended:?}");
+        assert_eq!(started.elapsed().as_secs(), 11, "ten seconds, and one until that is noticed here");
+    });
+}
