@@ -37,10 +37,11 @@ test-systemd: ## run the units of deploy/systemd under a real systemd, in namesp
 
 test-peers: test-spire test-istio test-systemd ## all three of these
 
-soak: ## the long forms of tests: 100 handovers under load, pods that come and go for two minutes, 1 GiB to and from foreign peers
+soak: ## the long forms of tests: 100 handovers under load, pods that come and go, tunnels with 1 GiB and with single bytes
 	@scripts/install test
 	cargo build --locked -p zspire
 	ZSPIRE_SOAK_HANDOVERS=100 ZSPIRE_SOAK_CHURN=120 ZSPIRE_SOAK_MEBIBYTES=1024 cargo nextest run --locked -p zspire-scenarios --profile soak handover foreign $(ARGS)
+	ZSPIRE_SOAK_MEBIBYTES=1024 ZSPIRE_SOAK_SINGLE_BYTES=60 cargo nextest run --locked -p zspire-hbone --profile soak --success-output immediate crowd:: single_bytes_on_many $(ARGS)
 
 check: ## formatting, lints, licences and sources of dependencies, the crate graph, generated documents, units, the image
 	@scripts/install check

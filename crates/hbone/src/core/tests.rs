@@ -46,9 +46,8 @@ struct Story {
     said: Vec<u8>,
 }
 
-/// Feeds a server, and grants every request.
-fn feed<'a>(config: &Config, pieces: impl Iterator<Item = &'a [u8]>) -> Story {
-    let mut core = Core::<()>::server(config);
+/// Feeds an end of a tunnel; if it is a server, it grants every request.
+fn feed<'a>(mut core: Core<()>, pieces: impl Iterator<Item = &'a [u8]>) -> Story {
     let mut story = Story::default();
     for piece in pieces {
         let mut at = 0;
@@ -86,8 +85,8 @@ fn feed<'a>(config: &Config, pieces: impl Iterator<Item = &'a [u8]>) -> Story {
     story
 }
 
-/// Frames as a peer might send them, mostly good ones.
-fn some_frames() -> impl Strategy<Value = Vec<u8>> {
+/// Frames as a peer might send them, mostly good ones. `block`: the header block of each message.
+fn some_frames(block: fn() -> Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
     let stream = || prop_oneof![8 => (0u32..4).prop_map(|n| 2 * n + 1), 1 => 0u32..12];
     let payload = |max: usize| prop::collection::vec(any::<u8>(), 0..max);
     let padded = |(stream, mut bytes, padding, end): (u32, Vec<u8>, u8, bool)| {
@@ -95,7 +94,7 @@ fn some_frames() -> impl Strategy<Value = Vec<u8>> {
         bytes.resize(bytes.len() + usize::from(padding), 0);
         frame(frame::DATA, frame::PADDED | u8::from(end), stream, &bytes)
     };
-    let in_two = |(stream, at, end): (u32, usize, bool)| {
+    let in_two = move |(stream, at, end): (u32, usize, bool)| {
         let block = block();
         let (first, second) = block.split_at(at.min(block.len()));
         let mut bytes = frame(frame::HEADERS, u8::from(end), stream, first);
@@ -103,13 +102,14 @@ fn some_frames() -> impl Strategy<Value = Vec<u8>> {
         bytes
     };
     prop_oneof![
-        6 => stream().prop_map(|stream| frame(frame::HEADERS, frame::END_HEADERS, stream, &block())),
+        6 => stream().prop_map(move |stream| frame(frame::HEADERS, frame::END_HEADERS, stream, &block())),
         2 => (stream(), 0usize..40, any::<bool>()).prop_map(in_two),
         8 => (stream(), payload(300), any::<bool>()).prop_map(|(stream, bytes, end)| frame(frame::DATA, u8::from(end), stream, &bytes)),
         3 => (stream(), payload(30), any::<u8>(), any::<bool>()).prop_map(padded),
         2 => stream().prop_map(|stream| frame(frame::RST_STREAM, 0, stream, &8u32.to_be_bytes())),
         2 => (stream(), 1u32..1000).prop_map(|(stream, n)| frame(frame::WINDOW_UPDATE, 0, stream, &n.to_be_bytes())),
         1 => Just(frame(frame::PING, 0, 0, &[7; 8])),
+        1 => (0u32..12).prop_map(|last| frame(frame::GOAWAY, 0, 0, &[&last.to_be_bytes()[..], &[0; 4], b"bye"].concat())),
         1 => Just(frame(frame::SETTINGS, frame::ACK, 0, &[])),
         1 => (0u16..7, any::<u32>()).prop_map(|(name, value)| {
             frame(frame::SETTINGS, 0, 0, &[&name.to_be_bytes()[..], &value.to_be_bytes()].concat())
@@ -118,30 +118,55 @@ fn some_frames() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
+/// A peer's frames, how they are cut, and one byte that is something else.
+type Input = (Vec<Vec<u8>>, Vec<usize>, Option<(prop::sample::Index, u8)>);
+
+fn some_input(block: fn() -> Vec<u8>) -> impl Strategy<Value = Input> {
+    let garbage = prop::option::of((any::<prop::sample::Index>(), any::<u8>()));
+    (prop::collection::vec(some_frames(block), 0..40), prop::collection::vec(1usize..40, 1..30), garbage)
+}
+
+/// The story of some input, in one piece and in many.
+fn stories(core: impl Fn() -> Core<()>, mut input: Vec<u8>, (frames, sizes, garbage): Input) -> (Story, Story) {
+    input.extend(frames.concat());
+    if let Some((at, byte)) = garbage {
+        let at = at.index(input.len());
+        input[at] = byte;
+    }
+    let whole = feed(core(), std::iter::once(&input[..]));
+    let mut rest = &input[..];
+    let mut sizes = sizes.iter().cycle();
+    let pieces = std::iter::from_fn(|| {
+        let (piece, left) = rest.split_at(rest.len().min(*sizes.next()?));
+        rest = left;
+        (!piece.is_empty()).then_some(piece)
+    });
+    (whole, feed(core(), pieces))
+}
+
+fn narrow() -> Config {
+    Config { stream_window: 1500, connection_window: 5000, idle_frames: 20, server_streams: 3, ..Config::default() }
+}
+
 proptest! {
     /// Any split of the input gives the same events, the same end and the same answers.
     #[test]
-    fn it_does_not_matter_how_the_input_is_cut(
-        frames in prop::collection::vec(some_frames(), 0..40),
-        sizes in prop::collection::vec(1usize..40, 1..30),
-        garbage in prop::option::of((any::<prop::sample::Index>(), any::<u8>())),
-    ) {
-        let config = Config { stream_window: 1500, connection_window: 5000, idle_frames: 20, server_streams: 3, ..Config::default() };
-        let mut input = hello();
-        input.extend(frames.concat());
-        if let Some((at, byte)) = garbage {
-            let at = at.index(input.len());
-            input[at] = byte;
-        }
-        let whole = feed(&config, std::iter::once(&input[..]));
-        let mut rest = &input[..];
-        let mut sizes = sizes.iter().cycle();
-        let pieces = std::iter::from_fn(|| {
-            let (piece, left) = rest.split_at(rest.len().min(*sizes.next()?));
-            rest = left;
-            (!piece.is_empty()).then_some(piece)
-        });
-        let cut = feed(&config, pieces);
+    fn it_does_not_matter_how_the_input_is_cut(input in some_input(block)) {
+        let (whole, cut) = stories(|| Core::server(&narrow()), hello(), input);
+        prop_assert_eq!(whole, cut);
+    }
+
+    /// The same at the other end, which has asked for some streams.
+    #[test]
+    fn it_does_not_matter_how_the_answers_are_cut(input in some_input(|| vec![0x88])) {
+        let client = || {
+            let mut core = Core::client(&narrow());
+            for _ in 0..4 {
+                core.open(&request(), ()).unwrap();
+            }
+            core
+        };
+        let (whole, cut) = stories(client, frame(frame::SETTINGS, 0, 0, &[]), input);
         prop_assert_eq!(whole, cut);
     }
 }
@@ -204,7 +229,12 @@ impl Side {
                     told.gone = true;
                     self.asked.retain(|asked| *asked != stream);
                 }
-                Event::Window { .. } | Event::Settings | Event::GoAway => {}
+                Event::GoAway => {
+                    for (stream, told) in &mut self.streams {
+                        told.gone |= self.core.get(*stream).is_some_and(|entry| entry.reset().is_some());
+                    }
+                }
+                Event::Window { .. } | Event::Settings => {}
             }
         }
         assert_eq!(at, n);
@@ -297,11 +327,13 @@ proptest! {
             match who {
                 0 | 1 => server.hear(&mut client, n),
                 2 | 3 => client.hear(&mut server, n),
-                4 if client.core.active() < 8 => {
+                4 if client.core.active() < 8 && client.core.goaway().is_none() => {
                     let stream = client.core.open(&request(), ()).unwrap();
                     client.streams.insert(stream, Told::default());
                 }
                 5..=9 => client.act(action.min(10), which, n),
+                // The last streams of a server that drains are carried to their ends like all others.
+                10 if which > 240 => server.core.drain(),
                 _ => server.act(action, which, n),
             }
         }
@@ -337,7 +369,8 @@ proptest! {
 /// A server that has granted stream 1 gets this; how it takes it.
 fn after_open(bytes: &[u8]) -> Story {
     let input = [hello(), frame(frame::HEADERS, frame::END_HEADERS, 1, &block()), bytes.to_vec()].concat();
-    feed(&Config { stream_window: 70_000, connection_window: 90_000, ..Config::default() }, std::iter::once(&input[..]))
+    let config = Config { stream_window: 70_000, connection_window: 90_000, ..Config::default() };
+    feed(Core::server(&config), std::iter::once(&input[..]))
 }
 
 /// RFC 9113, and RFC 7541 where it says so: what ends a connection, and with which error.
@@ -438,7 +471,7 @@ fn what_comes_first_must_be_settings() {
         [PREFACE.to_vec(), frame(frame::SETTINGS, frame::ACK, 0, &[])].concat(),
         b"PRI * HTTP/1.1\r\n".to_vec(),
     ] {
-        let story = feed(&config, std::iter::once(&input[..]));
+        let story = feed(Core::server(&config), std::iter::once(&input[..]));
         assert_eq!(story.broken.map(Broken::reason), Some(Reason::PROTOCOL_ERROR));
     }
 }

@@ -3,11 +3,13 @@
 use h2::server;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::spawn_local;
+use tokio::time::Instant;
 use zspire_hbone::{Config, Ended, Flood, Incoming, Malformed, Reason};
 
 use crate::support::{
     CONTINUATION, Client, DATA, END_HEADERS, GOAWAY, HEADERS, PING, PRIORITY, Peer, RST_STREAM, SETTINGS, Server,
-    WINDOW_UPDATE, accept_all, block, client, connect_block, frame, hello, open, pair, relay, run, sockets, wire,
+    WINDOW_UPDATE, accept_all, block, client, connect_block, frame, hello, open, pair, relay, run, run_long, soak,
+    sockets, wire,
 };
 
 fn config() -> Config {
@@ -365,10 +367,12 @@ fn a_peer_that_reads_nothing_is_not_read_from() {
     });
 }
 
-/// The smallest frames there are, of a thousand streams at once and both ways: nobody takes that for a flood.
+/// The smallest frames there are, of a thousand streams at once and both ways: nobody takes that for a flood. Every day some streams
+/// at a time for three thousand rounds, in the long form all of them for as many seconds as are asked for.
 #[test]
 fn single_bytes_on_many_streams() {
-    run(async {
+    let seconds = soak("ZSPIRE_SOAK_SINGLE_BYTES", 0);
+    run_long(async {
         let many = Config { client_streams: 1000, server_streams: 1000, ..config() };
         let (client, mut server) = pair(&many, &many).await;
         let mut streams = Vec::new();
@@ -376,20 +380,25 @@ fn single_bytes_on_many_streams() {
             let (ours, theirs) = open(&client, &mut server).await;
             streams.push((ours.into_io(), theirs.into_io()));
         }
-        for round in 0..50u8 {
-            for (ours, theirs) in &mut streams {
-                ours.write_all(&[round]).await.unwrap();
-                theirs.write_all(&[!round]).await.unwrap();
+        let (began, at_once) = (Instant::now(), if seconds > 0 { 1000 } else { 50 });
+        let mut round = 0usize;
+        while round < 3000 || began.elapsed().as_secs() < seconds as u64 {
+            let byte = [round as u8];
+            streams.rotate_left(at_once % 1000);
+            for (ours, theirs) in &mut streams[..at_once] {
+                ours.write_all(&byte).await.unwrap();
+                theirs.write_all(&byte).await.unwrap();
             }
-            for (ours, theirs) in &mut streams {
-                let mut byte = [0];
-                theirs.read_exact(&mut byte).await.unwrap();
-                assert_eq!(byte, [round]);
-                ours.read_exact(&mut byte).await.unwrap();
-                assert_eq!(byte, [!round]);
+            for (ours, theirs) in &mut streams[..at_once] {
+                let mut got = [0; 2];
+                theirs.read_exact(&mut got[..1]).await.unwrap();
+                ours.read_exact(&mut got[1..]).await.unwrap();
+                assert_eq!(got, [byte[0]; 2]);
             }
+            round += 1;
         }
         assert!(!client.task.is_finished() && !server.task.is_finished());
+        println!("{} single bytes each way in {:?}", round * at_once, began.elapsed());
     });
 }
 

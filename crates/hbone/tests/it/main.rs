@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod connect;
+mod crowd;
 mod drain;
 mod ends;
 mod flood;

@@ -19,6 +19,16 @@ pub(crate) fn run<F: Future>(test: F) -> F::Output {
     on_one_thread(false, Duration::from_secs(60), test)
 }
 
+/// Runs the long form of a test, which `make soak` asks for.
+pub(crate) fn run_long<F: Future>(test: F) -> F::Output {
+    on_one_thread(false, Duration::from_secs(15 * 60), test)
+}
+
+/// How much of something a long test does: what the environment says, or what is enough for every day.
+pub(crate) fn soak(variable: &str, otherwise: usize) -> usize {
+    std::env::var(variable).map_or(otherwise, |value| value.parse().expect("a number"))
+}
+
 /// Runs a test in paused time: whenever nothing else can happen, the clock goes to the next timer.
 pub(crate) fn run_paused<F: Future>(test: F) -> F::Output {
     on_one_thread(true, Duration::from_secs(24 * 3600), test)

@@ -5,12 +5,12 @@ use std::rc::Rc;
 
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, spawn_local};
-use zspire_hbone::{Config, Counters, End, StreamIo, copy};
+use zspire_hbone::{Config, Counters, End, copy};
 
 use crate::support::{Client, Server, open, pair, path, relay, run, sockets, until};
 
@@ -227,127 +227,5 @@ fn bytes_of_a_plain_connection_that_failed_or_was_cut_are_gone() {
             );
             assert!(matches!(task.await.unwrap(), End::Complete));
         }
-    });
-}
-
-/// What a stream of the crowd does.
-#[derive(Clone, Copy, PartialEq)]
-enum Course {
-    /// The client sends, then the server answers.
-    Turns,
-    /// Both at once.
-    Both,
-    /// The client goes away in the middle.
-    Reset,
-    /// The server does not read before everybody else is done.
-    Stalled,
-}
-
-/// The byte at each place of what one end of a stream sends.
-fn pattern(seed: usize, at: usize) -> u8 {
-    (at * 31 + at / 251 + seed * 7) as u8
-}
-
-async fn write_pattern(io: &mut WriteHalf<StreamIo>, seed: usize, total: usize) {
-    let bytes: Vec<u8> = (0..total).map(|at| pattern(seed, at)).collect();
-    io.write_all(&bytes).await.unwrap();
-}
-
-/// Reads to the end; how much it was, and whether the end was one.
-async fn read_pattern(io: &mut ReadHalf<StreamIo>, seed: usize) -> (usize, bool) {
-    let (mut at, mut bytes) = (0, vec![0; 20_000]);
-    loop {
-        match io.read(&mut bytes).await {
-            Ok(0) => return (at, true),
-            Ok(n) => {
-                let right = bytes[..n].iter().enumerate().all(|(i, byte)| *byte == pattern(seed, at + i));
-                assert!(right, "stream {seed}, from {at} on");
-                at += n;
-            }
-            Err(_) => return (at, false),
-        }
-    }
-}
-
-async fn near_end(io: StreamIo, seed: usize, total: usize, course: Course) {
-    let (mut read, mut write) = tokio::io::split(io);
-    let answered = match course {
-        Course::Reset => {
-            write_pattern(&mut write, seed, total / 2).await;
-            return;
-        }
-        Course::Turns | Course::Stalled => {
-            write_pattern(&mut write, seed, total).await;
-            write.shutdown().await.unwrap();
-            read_pattern(&mut read, seed + 1000).await
-        }
-        Course::Both => {
-            let send = async {
-                write_pattern(&mut write, seed, total).await;
-                write.shutdown().await.unwrap();
-            };
-            tokio::join!(send, read_pattern(&mut read, seed + 1000)).1
-        }
-    };
-    assert_eq!(answered, (total / 3, true), "stream {seed}");
-}
-
-async fn far_end(io: StreamIo, seed: usize, total: usize, course: Course, mut others_done: watch::Receiver<bool>) {
-    let (mut read, mut write) = tokio::io::split(io);
-    if course == Course::Stalled {
-        others_done.wait_for(|done| *done).await.unwrap();
-    }
-    let send = async |write: &mut WriteHalf<StreamIo>| {
-        write_pattern(write, seed + 1000, total / 3).await;
-        write.shutdown().await.unwrap();
-    };
-    let heard = match course {
-        Course::Both => tokio::join!(send(&mut write), read_pattern(&mut read, seed)).1,
-        _ => read_pattern(&mut read, seed).await,
-    };
-    if course == Course::Reset {
-        assert!(heard.0 <= total / 2 && !heard.1, "a reset is no end: {heard:?}");
-    } else {
-        assert_eq!(heard, (total, true), "stream {seed}");
-        if course != Course::Both {
-            send(&mut write).await;
-        }
-    }
-}
-
-#[test]
-fn a_thousand_streams_that_end_in_every_way_do_not_mix() {
-    run(async {
-        let many = Config {
-            client_streams: 1000,
-            server_streams: 1000,
-            stream_window: 30_000,
-            connection_window: 300_000,
-            ..Config::default()
-        };
-        let (client, mut server) = pair(&many, &many).await;
-        let mut rng = SmallRng::seed_from_u64(4711);
-        let (all_others, others_done) = watch::channel(false);
-        let (mut stalled, mut others) = (Vec::new(), Vec::new());
-        for seed in 0..1000 {
-            let course = [Course::Turns, Course::Both, Course::Reset, Course::Stalled][seed % 4];
-            let total = if seed % 10 == 0 { 0 } else { rng.next_u32() as usize % 100_000 };
-            let (ours, theirs) = open(&client, &mut server).await;
-            let tasks = [
-                spawn_local(near_end(ours.into_io(), seed, total, course)),
-                spawn_local(far_end(theirs.into_io(), seed, total, course, others_done.clone())),
-            ];
-            if course == Course::Stalled { stalled.extend(tasks) } else { others.extend(tasks) }
-        }
-        for task in others {
-            task.await.unwrap();
-        }
-        all_others.send(true).unwrap();
-        for task in stalled {
-            task.await.unwrap();
-        }
-        until("every stream is gone", || client.tunnel.streams() == 0).await;
-        assert!(!client.task.is_finished() && !server.task.is_finished());
-        both_ways(&client, &mut server, 11, 1 << 20).await;
     });
 }
