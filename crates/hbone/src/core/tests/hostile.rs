@@ -15,11 +15,14 @@ const LATE: usize = 3;
 /// Streams at once.
 const STREAMS: usize = 50;
 
+/// What is sent in each round.
+type Again = fn(u32) -> Vec<u8>;
+
 /// What a client does with a server that grants its requests, and how many times that goes well.
 struct Attack {
     name: &'static str,
     start: Vec<u8>,
-    again: fn(u32) -> Vec<u8>,
+    again: Again,
     /// Whether its requests are granted, or wait for ever.
     granted: bool,
     rounds: usize,
@@ -68,7 +71,7 @@ fn setting(name: u16, value: u32) -> Vec<u8> {
 fn attacks() -> Vec<Attack> {
     let open = || headers(1);
     let gone = || [headers(1), reset(1)].concat();
-    let attack = |name, start: Vec<u8>, again: fn(u32) -> Vec<u8>, granted, rounds, flood| Attack {
+    let attack = |name, start: Vec<u8>, again: Again, granted, rounds, flood| Attack {
         name,
         start: [hello(), start].concat(),
         again,
@@ -445,7 +448,7 @@ fn without_a_window() -> (Victim, impl Fn(&mut Victim) -> Sent) {
 fn a_server_is_held_to_the_same() {
     let pings = |_| frame(frame::PING, 0, 0, &[1; 8]);
     let informational = |_| frame(frame::HEADERS, frame::END_HEADERS, 1, &fields(&[(":status", "103")]));
-    let floods: [(&str, fn(u32) -> Vec<u8>, Flood); 4] = [
+    let floods: [(&str, Again, Flood); 4] = [
         ("pings", pings, Flood::Ping),
         ("answers that are none yet", informational, Flood::Headers),
         ("windows", |_| update(0, 1), Flood::WindowUpdate),
