@@ -3,6 +3,7 @@
 //! A turn: what the connection has is read and goes to the applications at once, grouped by stream; what everybody has gathered
 //! leaves in one write; silence is noticed. One task per tunnel, one timer.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -32,6 +33,13 @@ const TURN_OF_SEVERAL: usize = 256 << 10;
 const LINGER: Duration = Duration::from_secs(1);
 /// Bytes that are still read of a peer that broke the protocol: enough to tell it why, and no more.
 const OF_A_BROKEN_PEER: usize = 64 << 10;
+
+thread_local! {
+    /// Where the tunnels of a thread note in turn what came, so that none keeps memory for it.
+    static CAME: Cell<Vec<Came>> = const { Cell::new(Vec::new()) };
+}
+/// What a turn without like has needed is not kept.
+const NOTES: usize = 1024;
 
 /// Takes the requests of a peer: the stream and what is asked for.
 pub(crate) type Asked<'a> = dyn FnMut(u32, Result<RequestHead, Malformed>) + 'a;
@@ -189,6 +197,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
 
     fn receive(&mut self, bytes: &[u8], now: Instant, asked: &mut Asked<'_>) -> Result<(), Ended> {
         let age = self.clock.age(now);
+        self.came = CAME.take();
         let mut at = 0;
         loop {
             let event = self.link.core.borrow_mut().receive(bytes, &mut at, age);
@@ -214,7 +223,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
         match event {
             Event::Request { stream, head } => asked(stream, head),
             Event::Answer { stream, status, head } => self.with(stream, |local| {
-                local.answer = Some((status, head));
+                local.answer = Some(Box::new((status, head)));
                 local.wake();
             }),
             Event::Window { stream: Some(stream) } => self.with(stream, |local| local.wake()),
@@ -251,8 +260,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
         for came in self.came.chunk_by(|one, other| one.stream == other.stream) {
             self.link.deliver(came, bytes);
         }
-        self.came.clear();
-        self.came.shrink_to(16);
+        let mut came = std::mem::take(&mut self.came);
+        if came.capacity() <= NOTES {
+            came.clear();
+            CAME.set(came);
+        }
     }
 
     /// How the tunnel ends, if nothing keeps it any more.

@@ -65,7 +65,8 @@ pub(crate) struct Local {
     pub(crate) waker: Option<Waker>,
     /// Whoever writes to it, if somebody else.
     pub(crate) writer: Option<Waker>,
-    pub(crate) answer: Option<(StatusCode, ResponseHead)>,
+    /// There for a moment only, and larger than all the rest.
+    pub(crate) answer: Option<Box<(StatusCode, ResponseHead)>>,
     /// No answer came in time.
     pub(crate) timed_out: bool,
     pub(crate) unread: Unread,
@@ -238,7 +239,7 @@ impl Link {
             replies.pop_front();
         }
         // What a burst has needed is not kept.
-        replies.shrink_to(16);
+        replies.shrink_to(4);
         None
     }
 
@@ -351,4 +352,16 @@ pub(crate) fn gone(ended: Ended) -> io::Error {
 /// A tunnel whose driver went away.
 pub(crate) fn aborted() -> Ended {
     Ended::Io(Arc::new(io::ErrorKind::ConnectionAborted.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A hundred thousand of them wait in a process.
+    #[test]
+    fn an_idle_stream_keeps_little() {
+        assert!(size_of::<Entry<Local>>() <= 176, "{} bytes", size_of::<Entry<Local>>());
+        assert!(size_of::<Link>() <= 768, "{} bytes", size_of::<Link>());
+    }
 }

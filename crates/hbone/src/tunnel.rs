@@ -144,7 +144,7 @@ fn poll_answer(cx: &mut Context<'_>, link: &Link, id: u32) -> Poll<Result<Respon
     let mut core = link.core.borrow_mut();
     let Some(entry) = core.get_mut(id) else { return Poll::Ready(Err(OpenError::Ended(Ended::Closed))) };
     // An answer that came before the stream was reset is an answer all the same.
-    let answer = match entry.data.answer.take() {
+    let answer = match entry.data.answer.take().map(|answer| *answer) {
         Some((StatusCode::OK, head)) => Ok(head),
         Some((status, _)) => Err(OpenError::Refused(status)),
         None => {

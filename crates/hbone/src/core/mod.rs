@@ -344,7 +344,7 @@ impl<T: Default> Core<T> {
         });
         // What a crowd has needed is not kept.
         if self.queue.is_empty() {
-            self.queue.shrink_to(16);
+            self.queue.shrink_to(4);
         }
     }
 }

@@ -6,7 +6,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use crate::reason::Reason;
 
 /// Streams for which there is always room.
-const KEPT: usize = 7;
+const KEPT: usize = 3;
 
 /// One stream.
 #[derive(Debug)]
