@@ -207,6 +207,27 @@ fn peer_that_stalls_in_many_handshakes_keeps_nobody_out() {
     });
 }
 
+/// What it is cut off for is told to it and to the operator.
+#[test]
+fn peer_that_floods_its_tunnel_is_named_by_what_it_does() {
+    scenario(|| {
+        let mesh = mesh().node("a").pod(uncaptured("stranger")).pod("client").node("b").pod("server").start();
+        let (client, server, stranger) = (mesh.pod("client"), mesh.pod("server"), mesh.pod("stranger"));
+        let _app = server.greet();
+        client.reaches(server.app());
+        let peer = Peer::new(&mesh, &stranger, "spiffe://cluster.local/ns/test/sa/stranger");
+        let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+        let ping = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+        let flood = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &settings, &ping.repeat(5000)].concat();
+        let heard = peer.say(&server, &flood).unwrap();
+        // GOAWAY with ENHANCE_YOUR_CALM, and nothing after it.
+        let last_words = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 11];
+        assert!(heard.ends_with(&last_words), "{:?}", &heard[heard.len().saturating_sub(40)..]);
+        server.metric(&["zspire_tunnel_offences_total", "reporter=\"destination\"", "reason=\"flood_ping\"", " 1"]);
+        client.reaches(server.app());
+    });
+}
+
 /// One that holds tunnels and does nothing with them has a share of them, and others are served meanwhile.
 #[test]
 fn peer_that_holds_many_tunnels_keeps_nobody_out() {

@@ -5,7 +5,7 @@ use std::process::Output;
 use serde_json::Value;
 use zspire_testkit::plan::captured;
 use zspire_testkit::policy::{allow_from, deny_from};
-use zspire_testkit::{Mesh, Pod, hear, mesh, say, uncaptured, until};
+use zspire_testkit::{Mesh, Peer, Pod, hear, mesh, say, uncaptured, until};
 
 use crate::scenario;
 
@@ -288,6 +288,9 @@ fn metrics_have_these_names_and_labels() {
             .connect(server.at(15008))
             .map(|mut socket| std::io::Write::write_all(&mut socket, b"GET / HTTP/1.1\r\n\r\n"));
         server.metric(&["zspire_tls_handshake_failures_total"]);
+        let peer = Peer::new(&mesh, &stranger, "spiffe://cluster.local/ns/test/sa/stranger");
+        peer.say(&server, b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        server.metric(&["zspire_tunnel_offences_total", "reason=\"protocol_error\""]);
         let both: std::collections::BTreeSet<String> =
             shapes(&client.metrics()).into_iter().chain(shapes(&server.metrics())).collect();
         let tcp = ["opened", "closed", "failed"].map(|what| format!("istio_tcp_connections_{what}_total {TCP}"));
@@ -344,6 +347,7 @@ const OTHERS: &[&str] = &[
     "zspire_tls_handshake_seconds_bucket le,reporter",
     "zspire_tls_handshake_seconds_count reporter",
     "zspire_tls_handshake_seconds_sum reporter",
+    "zspire_tunnel_offences_total reporter,reason",
     "zspire_tunnel_waits_total",
     "zspire_tunnels",
     "zspire_tunnels_awaited",

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use h2::client::SendRequest;
 use http::{Method, Request, StatusCode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 use zspire_identity::local::{self, LocalCa};
 use zspire_identity::per_identity::Issuer as _;
-use zspire_identity::tls::{KeyExchange, Policy};
+use zspire_identity::tls::{KeyExchange, Policy, Stream};
 use zspire_identity::{Bundles, Clock, Credentials, ExpectedPeers, SystemClock};
 use zspire_model::SpiffeId;
 use zspire_sys::netns::Netns;
@@ -59,20 +60,36 @@ impl Peer {
     /// Opens a tunnel to the proxy of a pod. In TLS 1.3 a server looks at the client's certificate last: that it was taken is
     /// known only when a request is answered.
     pub fn tunnel(&self, to: &Pod) -> Result<Tunnel<'_>, String> {
-        let expected: ExpectedPeers = [to.spiffe_id().parse::<SpiffeId>().expect("a SPIFFE id")].into_iter().collect();
-        let address: SocketAddr = to.at(15008);
-        let socket = self.netns.run(|| std::net::TcpStream::connect_timeout(&address, DEADLINE));
-        let socket = socket.expect("the namespace can be entered").map_err(|error| error.to_string())?;
-        socket.set_nonblocking(true).map_err(|error| error.to_string())?;
         let made = async {
-            let socket = TcpStream::from_std(socket).map_err(|error| error.to_string())?;
-            let (stream, _) = self.credentials.connect(socket, &expected).await.map_err(|error| chain(&error))?;
+            let stream = self.handshake(to).await?;
             let (requests, connection) = h2::client::handshake(stream).await.map_err(|error| chain(&error))?;
             tokio::spawn(connection);
             Ok(requests)
         };
         let requests = in_time(&self.runtime, made)?;
         Ok(Tunnel { peer: self, requests })
+    }
+
+    /// Says whatever it likes to the proxy of a pod, in TLS, and listens until that closes the connection; what it has heard.
+    pub fn say(&self, to: &Pod, bytes: &[u8]) -> Result<Vec<u8>, String> {
+        let said = async {
+            let (mut read, mut write) = tokio::io::split(self.handshake(to).await?);
+            let mut heard = Vec::new();
+            let (_, ended) = tokio::join!(write.write_all(bytes), read.read_to_end(&mut heard));
+            ended.map(|_| heard).map_err(|error| chain(&error))
+        };
+        in_time(&self.runtime, said)
+    }
+
+    async fn handshake(&self, to: &Pod) -> Result<Stream<TcpStream>, String> {
+        let expected: ExpectedPeers = [to.spiffe_id().parse::<SpiffeId>().expect("a SPIFFE id")].into_iter().collect();
+        let address: SocketAddr = to.at(15008);
+        let socket = self.netns.run(|| std::net::TcpStream::connect_timeout(&address, DEADLINE));
+        let socket = socket.expect("the namespace can be entered").map_err(|error| error.to_string())?;
+        socket.set_nonblocking(true).map_err(|error| error.to_string())?;
+        let socket = TcpStream::from_std(socket).map_err(|error| error.to_string())?;
+        let (stream, _) = self.credentials.connect(socket, &expected).await.map_err(|error| chain(&error))?;
+        Ok(stream)
     }
 }
 
