@@ -183,6 +183,7 @@ fn envoy_takes_tunnels_and_everything_arrives() {
         let (asking, served) = way.connection();
         transfer::one_way(&served, &asking, MANY_FRAMES);
         server_ends(&asking, &served);
+        client.access("outbound", |line| line["bytes_recv"] == MANY_FRAMES + 6 && line["error"].is_null());
         let (asking, served) = way.connection();
         reset(served);
         assert_eq!(ending(&asking), Ending::Reset);

@@ -46,7 +46,7 @@ pub async fn copy(app: TcpStream, other: TcpStream, counters: &Counters, cut: im
         .await
     };
     match end {
-        End::Complete => {}
+        End::Complete | End::Closed => {}
         End::Application(_) => meter::reset(other),
         End::Other(_) => meter::reset(app),
         _ => {

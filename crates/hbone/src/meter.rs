@@ -49,6 +49,8 @@ fn add(counter: &AtomicU64, n: usize) {
 pub enum End {
     /// Both directions were ended by their senders.
     Complete,
+    /// The peer ended its direction and wants nothing more, by a reset without an error; the application was told by a close.
+    Closed,
     /// The application's socket failed, mostly by a reset; the peer was told by a reset.
     Application(Arc<io::Error>),
     /// The other socket failed (plain TCP); the application was told by a reset.
@@ -65,6 +67,7 @@ impl fmt::Display for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Complete => f.write_str("complete"),
+            Self::Closed => f.write_str("closed by the peer"),
             Self::Application(error) => write!(f, "the application's connection failed: {error}"),
             Self::Other(error) => write!(f, "the destination's connection failed: {error}"),
             Self::Reset(reason) => write!(f, "the peer reset the connection: {reason}"),

@@ -5,7 +5,8 @@
 //!  stream ── END_STREAM ──▶ FIN, after all bytes      RST_STREAM or the tunnel's end ──▶ reset
 //! ```
 //! A stream that is reset without an error (NO_ERROR) after END_STREAM was closed in good order by a peer that wants nothing more
-//! (RFC 9113 §8.1): the application gets all bytes, and a close. Each direction ends by itself; neither message ever becomes the other. Stream credit goes back to the peer when the
+//! (RFC 9113 §8.1): the application gets all bytes, and a close. Before END_STREAM it is a reset like any other. Each direction ends by
+//! itself; neither message ever becomes the other. Stream credit goes back to the peer when the
 //! application has taken the bytes. An idle relay holds no buffer.
 //!
 //! What the application sends is read straight into the frame that carries it. What comes for it is written by the tunnel's
@@ -118,7 +119,8 @@ impl Relay {
         }
         let end = match failed {
             Some(error) => Some(End::Application(Arc::new(error))),
-            None => reset.filter(|_| entry.data.unread.is_empty()).map(End::Reset),
+            // The one that was let pass above.
+            None => reset.filter(|_| entry.data.unread.is_empty()).map(|_| End::Closed),
         };
         let told = !self.told && entry.remote_ended() && entry.data.unread.is_empty();
         let all = entry.local_ended();
@@ -211,7 +213,7 @@ impl Relay {
     fn finish(self, end: &End) {
         let Self { stream, app, watch, .. } = self;
         match end {
-            End::Complete => {}
+            End::Complete | End::Closed => {}
             // RFC 9113 §8.5: a TCP error is signalled as CONNECT_ERROR.
             End::Application(_) => stream.reset_with(Reason::CONNECT_ERROR),
             End::Cut => stream.reset_with(Reason::CANCEL),
@@ -219,8 +221,7 @@ impl Relay {
         }
         // With these goes everything else that has the socket.
         drop((watch, stream));
-        // A peer that wants nothing more, after all that it had to say, has closed as an application does that has read enough.
-        let orderly = matches!(end, End::Complete | End::Application(_) | End::Reset(Reason::NO_ERROR));
+        let orderly = matches!(end, End::Complete | End::Closed | End::Application(_));
         if let (Some(app), false) = (Rc::into_inner(app), orderly) {
             meter::reset(app.socket);
         }

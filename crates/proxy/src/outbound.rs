@@ -485,7 +485,7 @@ impl Established {
 /// How a relayed connection is reported. Whoever was cut may have met the end of its tunnel first.
 pub(crate) fn outcome(end: End, place: &Place) -> Result<(), Failure> {
     match (end, place.why()) {
-        (End::Complete, _) => Ok(()),
+        (End::Complete | End::Closed, _) => Ok(()),
         (_, Some(why)) => Err(why),
         (other, None) => Err(Failure::new(Flag::None, other)),
     }

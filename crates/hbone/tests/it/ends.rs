@@ -249,6 +249,29 @@ fn without_a_tunnel_the_ends_are_told_the_same_way() {
     });
 }
 
+/// The same reset before the end is none: something may be missing.
+#[test]
+fn a_reset_without_an_error_before_the_end_is_a_reset() {
+    run(async {
+        let (near, far) = wire();
+        let client = client(near, &Config::default()).await;
+        let mut peer = Peer::server(far);
+        peer.send(&frame(SETTINGS, 0, 0, &[])).await;
+        // `:status: 200`.
+        let mut all = frame(HEADERS, END_HEADERS, 1, &[0x88]);
+        all.extend(frame(DATA, 0, 1, b"half of it"));
+        let request = request("10.0.0.1:80");
+        let (opened, ()) = tokio::join!(client.tunnel.open(&request), peer.send(&all));
+        let (mut app, socket) = sockets().await;
+        let relay = relay(opened.unwrap().0, socket);
+        let mut half = [0; 10];
+        app.read_exact(&mut half).await.unwrap();
+        peer.send(&frame(RST_STREAM, 0, 1, &[0; 4])).await;
+        assert_eq!(read_all(&mut app).await, (vec![], Seen::Reset));
+        assert!(matches!(relay.task.await.unwrap(), End::Reset(Reason::NO_ERROR)));
+    });
+}
+
 /// RFC 9113 §8.1: a server that has said everything may reset a stream without an error. Nothing of what it said is lost by that,
 /// and nothing of the tunnel's window, which is soon used up here.
 #[test]
@@ -274,7 +297,7 @@ fn a_reset_without_an_error_after_the_end_is_a_close() {
             let relay = relay(opened.unwrap().0, socket);
             assert_eq!(read_all(&mut app).await, (bytes.clone(), Seen::Eof));
             let end = relay.task.await.unwrap();
-            assert!(matches!(end, End::Reset(Reason::NO_ERROR)), "stream {stream}: {end}");
+            assert!(matches!(end, End::Closed), "stream {stream}: {end}");
         }
     });
 }
