@@ -83,3 +83,37 @@ impl Told {
         &block[..size]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn what_is_lost_or_another_is_seen() {
+        const SIZE: u64 = 3 * BLOCK as u64 + 1;
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let received = |spoil: fn(&mut Vec<u8>)| {
+            let from = TcpStream::connect(listener.local_addr().expect("it listens")).expect("it listens");
+            let (to, _) = listener.accept().expect("a connection");
+            let (mut told, mut bytes, mut block) = (Told::default(), Vec::new(), vec![0; BLOCK]);
+            while (bytes.len() as u64) < SIZE {
+                bytes.extend_from_slice(told.part(&mut block, SIZE - bytes.len() as u64));
+            }
+            spoil(&mut bytes);
+            std::thread::scope(|scope| {
+                scope.spawn(move || (&from).write_all(&bytes).expect("it is received"));
+                receive(&to, SIZE)
+            })
+        };
+        assert_eq!(received(|_| {}), Ok(()));
+        let wrong = [
+            received(|bytes| bytes[BLOCK + 7] ^= 1),
+            received(|bytes| _ = bytes.remove(BLOCK)),
+            received(|bytes| bytes.swap(0, BLOCK)),
+            received(|bytes| _ = bytes.pop()),
+        ];
+        assert!(wrong.iter().all(Result::is_err), "{wrong:?}");
+    }
+}
