@@ -30,6 +30,7 @@ mod preamble;
 mod proxy;
 pub mod resolve;
 mod socks5;
+mod spread;
 mod tasks;
 mod tunnels;
 mod watch;

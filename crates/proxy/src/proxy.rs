@@ -23,9 +23,10 @@ use crate::live::{Reason, Verdict};
 use crate::metrics::Metrics;
 use crate::pod::{Pod, PodSpec};
 use crate::resolve::Resolver;
+use crate::spread::Spread;
 use crate::watch::Newest;
 use crate::workers::Workers;
-use crate::{dns, inbound, outbound, plaintext, socks5};
+use crate::{dns, outbound, plaintext, socks5};
 
 /// Connections that wait to be accepted; the kernel may allow fewer.
 pub(crate) const BACKLOG: i32 = 4096;
@@ -114,10 +115,10 @@ impl Proxy {
         let sets = sockets.inside(|| share.listen_all(&mut spec.listeners)).map_err(StartError::Enter)??;
         let (drain, cut, tracker) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
         let newest = Newest::default();
-        for (worker, set) in workers.iter().zip(sets) {
+        for ((worker, set), spread) in workers.iter().zip(sets).zip(Spread::over(workers.count())) {
             let (shared, spec, sockets, newest) = (shared.clone(), spec.clone(), sockets.clone(), newest.clone());
             let (drain, cut, running) = (drain.clone(), cut.clone(), tracker.token());
-            worker.spawn(move || serve(Pod::new(shared, &spec, sockets, newest, drain), set, cut, running));
+            worker.spawn(move || serve(Pod::new(shared, &spec, sockets, newest, drain), set, spread, cut, running));
         }
         tracker.close();
         Ok(Self { drain, workers: tracker, listeners: spec.listeners, cut: cut.drop_guard() })
@@ -235,11 +236,13 @@ impl Share<'_> {
 }
 
 /// Serves a pod on this worker until it has drained or is cut.
-async fn serve(pod: Pod, sockets: Sockets4, cut: CancellationToken, _running: TaskTrackerToken) {
+async fn serve(pod: Pod, sockets: Sockets4, spread: Spread, cut: CancellationToken, _running: TaskTrackerToken) {
+    let placing = spread.placing();
     let served = async {
         tokio::join!(
             accept_any(sockets.outbound, &pod, outbound::serve),
-            accept(sockets.inbound, &pod, inbound::serve),
+            accept(sockets.inbound, &pod, |pod, accepted| placing(pod, accepted).serve()),
+            spread.take_over(&pod),
             accept_any(sockets.plaintext, &pod, plaintext::serve),
             accept_any(sockets.socks5, &pod, socks5::serve),
             dns::serve(&pod, &pod.shared().config.dns, sockets.dns),

@@ -1,0 +1,196 @@
+//! Which worker serves a tunnel that comes in.
+//!
+//! The kernel gives connections to the workers' listeners by a hash. That is even for many, but the tunnels of one peer are as few as
+//! its workers and each carries a share of everything: half of the time two of them would meet on one worker, and the other have
+//! nothing to do. So each goes to the worker that has the fewest of that peer, and it is handed over before anything is read.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use smallvec::SmallVec;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+
+use crate::accept::Accepted;
+use crate::inbound;
+use crate::pod::Pod;
+
+/// Connections that wait to be taken over by one worker; what is more stays where it was accepted.
+const WAITING: usize = 64;
+
+/// A pod's tunnels on all workers, as one worker sees them.
+pub(crate) struct Spread {
+    own: usize,
+    all: Arc<All>,
+    handed: mpsc::Receiver<Handed>,
+}
+
+struct All {
+    load: Mutex<Load>,
+    workers: Vec<mpsc::Sender<Handed>>,
+}
+
+/// How many tunnels each worker has, in all and of each peer.
+#[derive(Default)]
+struct Load {
+    total: Each,
+    of: HashMap<IpAddr, Each>,
+}
+
+type Each = SmallVec<[u32; 8]>;
+
+/// A connection on its way to another worker.
+struct Handed {
+    socket: std::net::TcpStream,
+    source: SocketAddr,
+    seat: Seat,
+}
+
+/// A tunnel's place on a worker, as long as it lives.
+struct Seat {
+    all: Arc<All>,
+    worker: usize,
+    of: IpAddr,
+}
+
+impl Spread {
+    /// For each of the workers.
+    pub(crate) fn over(workers: usize) -> Vec<Self> {
+        let (senders, receivers): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(WAITING)).unzip();
+        let all = Arc::new(All { load: Mutex::default(), workers: senders });
+        receivers.into_iter().enumerate().map(|(own, handed)| Self { own, all: all.clone(), handed }).collect()
+    }
+
+    /// Serves connections that others have accepted, until the pod drains; then those that are on their way.
+    pub(crate) async fn take_over(mut self, pod: &Pod) {
+        let mut draining = false;
+        loop {
+            let handed = tokio::select! {
+                handed = self.handed.recv() => handed,
+                () = pod.drain().cancelled(), if !draining => {
+                    draining = true;
+                    self.handed.close();
+                    continue;
+                }
+            };
+            let Some(Handed { socket, source, seat }) = handed else { return };
+            if let Ok(socket) = TcpStream::from_std(socket) {
+                pod.connections().spawn(serve(pod.clone(), Accepted { socket, source }, seat));
+            }
+        }
+    }
+
+    /// What becomes of a connection that this worker accepts.
+    pub(crate) fn placing(&self) -> impl Fn(Pod, Accepted) -> Placed + use<> {
+        let (all, own) = (self.all.clone(), self.own);
+        move |pod, accepted| Placed { pod, accepted, all: all.clone(), own }
+    }
+}
+
+/// A connection that was accepted by a worker.
+pub(crate) struct Placed {
+    pod: Pod,
+    accepted: Accepted,
+    all: Arc<All>,
+    own: usize,
+}
+
+impl Placed {
+    /// Serves it here, or has another worker serve it.
+    pub(crate) async fn serve(self) {
+        let Self { pod, accepted, all, own } = self;
+        let seat = Seat::take(&all, own, accepted.source.ip());
+        let place = all.workers.get(seat.worker).filter(|_| seat.worker != own).map(mpsc::Sender::try_reserve);
+        let place = match place {
+            None => return serve(pod, accepted, seat).await,
+            // It has too much to do, or takes no more.
+            Some(Err(_)) => return serve(pod, accepted, seat.at(own)).await,
+            Some(Ok(place)) => place,
+        };
+        let Accepted { socket, source } = accepted;
+        if let Ok(socket) = socket.into_std() {
+            place.send(Handed { socket, source, seat });
+        }
+    }
+}
+
+async fn serve(pod: Pod, accepted: Accepted, seat: Seat) {
+    inbound::serve(pod, accepted).await;
+    drop(seat);
+}
+
+impl Seat {
+    fn take(all: &Arc<All>, own: usize, of: IpAddr) -> Self {
+        let worker = all.load.lock().unwrap_or_else(PoisonError::into_inner).enter(all.workers.len(), own, of);
+        Self { all: all.clone(), worker, of }
+    }
+
+    /// The same on another worker.
+    fn at(mut self, worker: usize) -> Self {
+        let mut load = self.all.load.lock().unwrap_or_else(PoisonError::into_inner);
+        load.enter_at(worker, self.of);
+        load.leave(self.worker, self.of);
+        drop(load);
+        self.worker = worker;
+        self
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.all.load.lock().unwrap_or_else(PoisonError::into_inner).leave(self.worker, self.of);
+    }
+}
+
+impl Load {
+    /// Enters a tunnel where the fewest of its peer are, of those where the fewest are, rather here than elsewhere.
+    fn enter(&mut self, workers: usize, own: usize, of: IpAddr) -> usize {
+        self.total.resize(workers, 0);
+        let each = self.of.entry(of).or_default();
+        each.resize(workers, 0);
+        let fewest = |worker: &usize| (each[*worker], self.total[*worker], *worker != own);
+        let worker = (0..workers).min_by_key(fewest).unwrap_or(own);
+        self.enter_at(worker, of);
+        worker
+    }
+
+    fn enter_at(&mut self, worker: usize, of: IpAddr) {
+        self.total[worker] += 1;
+        if let Some(each) = self.of.get_mut(&of) {
+            each[worker] += 1;
+        }
+    }
+
+    fn leave(&mut self, worker: usize, of: IpAddr) {
+        self.total[worker] -= 1;
+        if let Some(each) = self.of.get_mut(&of) {
+            each[worker] -= 1;
+            if each.iter().all(|count| *count == 0) {
+                self.of.remove(&of);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tunnels_of_each_peer_are_spread_and_so_are_all() {
+        let (one, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+        let mut load = Load::default();
+        assert_eq!(load.enter(2, 1, one), 1, "here, if all are equal");
+        assert_eq!(load.enter(2, 1, other), 0, "where the fewest are");
+        assert_eq!(load.enter(2, 1, one), 0);
+        assert_eq!(load.enter(2, 0, other), 1);
+        assert_eq!((load.total[0], load.total[1]), (2, 2));
+        load.leave(0, one);
+        assert_eq!(load.enter(2, 1, one), 0, "where one has ended");
+        for (worker, of) in [(0, one), (1, one), (0, other), (1, other)] {
+            load.leave(worker, of);
+        }
+        assert!(load.of.is_empty() && load.total.iter().all(|count| *count == 0), "nothing is kept of who is gone");
+    }
+}
