@@ -211,6 +211,27 @@ fn envoy_takes_few_streams_in_a_tunnel_and_sends_it_away() {
 }
 
 #[test]
+fn refusals_by_envoy_and_of_envoy_are_told() {
+    let account = |name: &str| format!("spiffe://cluster.local/ns/test/sa/{name}");
+    for (shows, asks_for, told) in [
+        // Nobody listens behind it.
+        ("server", "client", "503"),
+        ("server", "another", "received fatal alert"),
+        ("another", "client", &*format!("expected {}", account("server"))),
+    ] {
+        scenario(|| {
+            let mesh = foreign_server();
+            let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
+            let certificate = mesh.certificate("envoy", &account(shows));
+            let listener = envoy::takes_tunnels(&certificate, &account(asks_for), "application");
+            let _envoy = Envoy::start(&mesh, &server, &[listener], &[envoy::leads_to("application", server.app())]);
+            client.is_refused(server.app());
+            client.refusal("outbound", told);
+        });
+    }
+}
+
+#[test]
 fn envoy_is_told_that_a_proxy_stops_and_that_a_connection_is_cut() {
     scenario(|| {
         let mesh = foreign_client();
