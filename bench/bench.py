@@ -7,8 +7,8 @@ proxies from /proc; it is the figure to trust.
 
     --rounds N    rounds of each measurement (3)
     --seconds N   length of each sample (3)
-    --only A,B    of: traffic, inpod, frames, fairness, policies, services, push, memory, start, workloads, ca, spire
-    --work TEXT   only the kinds of work of traffic, inpod and frames that have this in their name
+    --only A,B    of: traffic, inpod, frames, plain, fairness, policies, services, push, memory, start, workloads, ca, spire
+    --work TEXT   only the kinds of work of traffic, inpod, frames and plain that have this in their name
     --congestion NAME  congestion control of every connection (the default of this machine)
     --profile     nothing of that, but where the time goes in each kind of work
     --json FILE   the figures as JSON as well
@@ -44,17 +44,20 @@ def zspire_env(run, side, mesh):
     }
 
 
-def mesh_file(path, nodes=("client", "server")):
-    path.write_text(f"""
-workloads:
-- {{uid: bench/client, name: client, namespace: default, serviceAccount: client, workloadIps: ["{CLIENT}"],
-   protocol: HBONE, trustDomain: cluster.local, node: {nodes[0]}, network: ""}}
-- {{uid: bench/server, name: server, namespace: default, serviceAccount: server, workloadIps: ["{SERVER}"],
-   protocol: HBONE, trustDomain: cluster.local, node: {nodes[1]}, network: ""}}
+def mesh_file(path, nodes=("client", "server"), protocol="HBONE"):
+    """Two workloads and a policy; where they speak plain TCP nobody has an identity that a policy could ask for, and there is none."""
+    policies = f"""
 policies:
 - {{action: Allow, name: allow-client, namespace: default, scope: Namespace, dryRun: false,
    rules: [[[{{principals: [!Exact cluster.local/ns/default/sa/client]}}]]]}}
-""")
+"""
+    path.write_text(f"""
+workloads:
+- {{uid: bench/client, name: client, namespace: default, serviceAccount: client, workloadIps: ["{CLIENT}"],
+   protocol: {protocol}, trustDomain: cluster.local, node: {nodes[0]}, network: ""}}
+- {{uid: bench/server, name: server, namespace: default, serviceAccount: server, workloadIps: ["{SERVER}"],
+   protocol: {protocol}, trustDomain: cluster.local, node: {nodes[1]}, network: ""}}
+{policies if protocol == "HBONE" else ""}""")
     return path
 
 
@@ -377,7 +380,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=int, default=3)
-    everything = "traffic,inpod,frames,fairness,policies,services,push,memory,start,workloads,ca,spire"
+    everything = "traffic,inpod,frames,plain,fairness,policies,services,push,memory,start,workloads,ca,spire"
     options.add_argument("--only", default=everything)
     options.add_argument("--congestion")
     options.add_argument("--profile", action="store_true")
@@ -420,7 +423,7 @@ def main():
             for process in apps:
                 process.stop()
             shutil.rmtree(run / "nginx")
-        if only & {"traffic", "memory", "inpod", "push", "frames", "fairness", "profile"}:
+        if only & {"traffic", "memory", "inpod", "push", "frames", "plain", "fairness", "profile"}:
             processes += start_apps(run)
             zspire = [start_zspire(run, side, mesh) for side in ("client", "server")]
             processes += zspire
@@ -449,9 +452,19 @@ def main():
                 programs = {"zspire": (15001, 15006, [zspire[0], limited]), "envoy": (16001, envoy.PLAIN, envoys)}
                 figures["frames"] = traffic(network, programs, args.rounds, args.seconds, work)
                 limited.stop()
-            if "inpod" in only:
+            if only & {"plain", "inpod"}:
                 for process in zspire:
                     process.stop()
+            if "plain" in only:
+                # What the kernel's work costs without TLS and HTTP/2: the same proxies only copy.
+                plain = mesh_file(run / "plain.yaml", protocol="TCP")
+                copying = [start_zspire(run, side, plain) for side in ("client", "server")]
+                processes += copying
+                programs = {"zspire": (15001, 15006, copying), "envoy": (16001, envoy.PLAIN, envoys)}
+                figures["plain"] = traffic(network, programs, args.rounds, args.seconds, work)
+                for process in copying:
+                    process.stop()
+            if "inpod" in only:
                 one = InPod(run, mesh_file(run / "inpod.yaml", nodes=("node", "node")))
                 processes.append(one)
                 programs = {"zspire": (one.begin, one.end, one.processes), "envoy": (16001, envoy.PLAIN, envoys)}

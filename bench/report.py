@@ -77,6 +77,7 @@ def show(figures, work):
     kernel, cores = os.uname().release, os.cpu_count()
     print(f"\nLinux {kernel}, {cores} cores. Medians of interleaved rounds; CPU is of both proxies together.\n")
     titles = (("traffic", "A proxy in each pod"), ("frames", "A proxy in each pod, the server's limited to frames of 16 KiB"),
+              ("plain", "A proxy in each pod that only copies, beside Envoy's tunnels"),
               ("inpod", "One proxy for both pods (in-pod mode)"))
     for key, title in titles:
         if key not in figures:
