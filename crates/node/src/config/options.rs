@@ -108,7 +108,7 @@ table! {
         POOL_MAX_STREAMS_PER_CONNECTION = "100": "Connections carried by one tunnel before another is opened.";
         POOL_UNUSED_RELEASE_TIMEOUT = "5m": "How long an unused tunnel is kept.";
         HTTP2_STREAM_WINDOW_SIZE = "4194304": "Flow-control window of one connection in a tunnel, bytes.";
-        HTTP2_CONNECTION_WINDOW_SIZE = "16777216": "Flow-control window of a tunnel, bytes.";
+        HTTP2_CONNECTION_WINDOW_SIZE = "16777216": "Flow-control window of a tunnel, bytes. It is the most: where several streams queue, it shrinks to what the path holds.";
         ZSPIRE_TUNNEL_BUFFER_SIZE = "67108864": "Bytes that applications which do not read may hold in a tunnel before its other streams feel it.";
         HTTP2_FRAME_SIZE = "1048576": "Largest DATA frame accepted, bytes (16384 to 16777215).";
         KEEPALIVE_ENABLED = "true": "TCP keepalive on connections with other hosts: those within a pod need none.";
