@@ -402,13 +402,13 @@ fn single_bytes_on_many_streams() {
     });
 }
 
-/// The same to a foreign server that returns the window of every byte, and by a foreign client.
+/// And those of a foreign server.
 #[test]
-fn single_bytes_of_foreign_peers() {
+fn single_bytes_of_a_foreign_peer() {
     run(async {
         let (near, far) = wire();
         let Client { tunnel, task } = client(near, &config()).await;
-        let echo = spawn_local(async move {
+        let foreign = spawn_local(async move {
             let mut connection = server::handshake(far).await.unwrap();
             let (_, mut respond) = connection.accept().await.unwrap().unwrap();
             let mut send = respond.send_response(http::Response::new(()), false).unwrap();
@@ -423,6 +423,6 @@ fn single_bytes_of_foreign_peers() {
         let mut received = vec![0; 5000];
         stream.read_exact(&mut received).await.unwrap();
         assert!(!task.is_finished(), "{:?}", tunnel.ended());
-        echo.abort();
+        foreign.abort();
     });
 }

@@ -498,3 +498,21 @@ fn events(core: &mut Core<()>, bytes: &[u8]) -> Result<Vec<Event>, Broken> {
     }
     Ok(events)
 }
+
+/// The other side of it: who gets single bytes on a thousand streams, and returns every window for every byte, wastes nothing.
+#[test]
+fn a_window_that_is_returned_for_every_byte() {
+    let many = Config { idle_frames: 0, server_streams: 1000, ..config() };
+    let mut victim = Victim::new(&many, true);
+    let streams = || (0..1000).map(nth);
+    victim.hear(&hello()).unwrap();
+    streams().for_each(|stream| victim.hear(&headers(stream)).unwrap());
+    for _ in 0..200 {
+        for stream in streams() {
+            assert!(matches!(victim.core.send(stream, 1, |_| Ok(1)), Sent::Asked(1, Ok(1))));
+            victim.write();
+        }
+        let returned: Vec<u8> = streams().flat_map(|stream| [update(stream, 1), update(0, 1)].concat()).collect();
+        victim.hear(&returned).unwrap();
+    }
+}
