@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, spawn_local};
 use zspire_hbone::{Config, Counters, End, copy};
 
-use crate::support::{Client, Server, open, pair, path, relay, run, sockets, until};
+use crate::support::{Client, Path, Server, client, open, pair, path, relay, run, run_paused, sockets, until};
 
 const STEP: usize = 100_003;
 
@@ -142,6 +142,39 @@ fn stalled_readers_do_not_stall_the_others() {
             assert!(!writer.is_finished(), "it is stalled all the time");
             // And it goes on when somebody reads.
             unread.read_exact(&mut vec![0; 300 << 10]).await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_byte_does_not_wait_behind_what_others_could_have_under_way() {
+    // In paused time the round trip is none, however busy the machine is.
+    run_paused(async {
+        // A connection that holds whatever is written, as sockets do, and a receiver that gets no more of it than a turn at a time.
+        let config = Config::default();
+        let (ours, theirs) = tokio::io::duplex(2 * config.connection_window as usize);
+        let client = client(ours, &config).await;
+        let mut server = Server::new(theirs, &config);
+        let mut bulk = Vec::new();
+        for _ in 0..4 {
+            let Path { mut app, mut server, app_end, server_end } = path(&client, &mut server).await;
+            let writer = spawn_local(async move { while app.write_all(&[1; STEP]).await.is_ok() {} });
+            let reader = spawn_local(async move {
+                let mut bytes = vec![0; 1 << 20];
+                while server.read(&mut bytes).await.is_ok_and(|n| n > 0) {}
+            });
+            bulk.push((app_end, server_end, writer, reader));
+        }
+        let arrived = || bulk.iter().map(|(_, end, ..)| end.counters.load().1).sum::<u64>();
+        until("the others fill the tunnel", || arrived() > 64 << 20).await;
+
+        let mut single = path(&client, &mut server).await;
+        for _ in 0..20 {
+            let before = arrived();
+            single.app.write_all(&[7]).await.unwrap();
+            assert_eq!(single.server.read_u8().await.unwrap(), 7);
+            let passed = arrived() - before;
+            assert!(passed < u64::from(config.connection_window) / 4, "{passed} bytes were before it");
         }
     });
 }
