@@ -53,6 +53,8 @@ impl Redirection {
         // A mark of more bits than upstream's is compared as a whole.
         let mask = if mark & !MASK == 0 { MASK } else { u32::MAX };
         let ours = format!("meta mark & {mask:#x} == {mark:#x}");
+        // What the proxy itself sends finds its way, and a new mark would have it routed twice.
+        let not_ours = format!("meta mark & {mask:#x} != {mark:#x}");
         let keep = u32::MAX ^ MASK;
         let nat = format!(
             "  chain prerouting {{\n    type nat hook prerouting priority dstnat; policy accept;\n{}  }}\n\
@@ -64,7 +66,7 @@ impl Redirection {
             "  chain prerouting-mark {{\n    type filter hook prerouting priority mangle; policy accept;\n\
              \x20   {ours} ct mark set ct mark & {keep:#x} | {ORIGINAL_SOURCE:#x}\n  }}\n\
              \x20 chain output-mark {{\n    type route hook output priority mangle; policy accept;\n\
-             \x20   ct mark & {MASK:#x} == {ORIGINAL_SOURCE:#x} meta mark set ct mark\n\
+             \x20   {not_ours} ct mark & {MASK:#x} == {ORIGINAL_SOURCE:#x} meta mark set ct mark\n\
              \x20   {ours} ct mark & {mask:#x} == 0 ct mark set ct mark | {mark:#x}\n  }}\n"
         );
         let refusal = self.refusal(&ours, &format!("ct mark & {mask:#x} == {mark:#x}"));
