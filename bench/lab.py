@@ -114,7 +114,7 @@ table inet bench {{
   }}
   chain mangle_out {{
     type route hook output priority -150
-    ct mark & 0xfff == 0x111 meta mark set ct mark
+    meta mark & 0xfff != {MARK} ct mark & 0xfff == 0x111 meta mark set ct mark
   }}
   chain nat_pre {{
     type nat hook prerouting priority -100

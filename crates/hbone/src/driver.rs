@@ -16,7 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
 use crate::config::Config;
-use crate::core::Event;
+use crate::core::{self, Event};
 use crate::error::Ended;
 use crate::keepalive::{Keepalive, Step};
 use crate::lend;
@@ -26,8 +26,8 @@ use crate::request::{Malformed, RequestHead};
 
 /// Bytes that one tunnel receives before everything else of the thread has its turn.
 const TURN: usize = 1 << 20;
-/// The same where several streams wait for each other.
-const TURN_OF_SEVERAL: usize = 256 << 10;
+/// The same where several streams wait for each other: so much at once says that bytes queue.
+const TURN_OF_SEVERAL: usize = core::DEEP;
 
 /// A peer that was told that the tunnel ends has this long to close it, too.
 const LINGER: Duration = Duration::from_secs(1);
@@ -343,7 +343,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
             _ => return 0,
         };
         self.link.core.borrow_mut().close(reason);
-        if self.poll_write(cx).is_ok() { left } else { 0 }
+        // What does not leave now is not said at all.
+        if matches!(self.poll_write(cx), Ok(Poll::Ready(()))) { left } else { 0 }
     }
 }
 
@@ -351,7 +352,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
 fn discard(io: &mut (impl AsyncRead + Unpin), cx: &mut Context<'_>, left: &mut usize) -> Poll<()> {
     let mut buffer = lend::take();
     let mut total = 0;
-    while total < TURN {
+    while total < TURN_OF_SEVERAL {
         let mut room = ReadBuf::new(&mut buffer);
         match Pin::new(&mut *io).poll_read(cx, &mut room) {
             Poll::Pending => return Poll::Pending,
@@ -362,7 +363,7 @@ fn discard(io: &mut (impl AsyncRead + Unpin), cx: &mut Context<'_>, left: &mut u
         let Some(rest) = left.checked_sub(n) else { return Poll::Ready(()) };
         (*left, total) = (rest, total + n);
     }
-    cx.waker().wake_by_ref();
+    link::go_on(cx);
     Poll::Pending
 }
 

@@ -5,9 +5,9 @@
 //!  stream ── END_STREAM ──▶ FIN, after all bytes      RST_STREAM or the tunnel's end ──▶ reset
 //! ```
 //! A stream that is reset without an error (NO_ERROR) after END_STREAM was closed in good order by a peer that wants nothing more
-//! (RFC 9113 §8.1): the application gets all bytes, and a close. Before END_STREAM it is a reset like any other. Each direction ends by
-//! itself; neither message ever becomes the other. Stream credit goes back to the peer when the
-//! application has taken the bytes. An idle relay holds no buffer.
+//! (RFC 9113 §8.1): the application gets all bytes, and a close. Before END_STREAM it is a reset like any other. Each direction
+//! ends by itself; neither message ever becomes the other. Stream credit goes back to the peer when the application has taken the
+//! bytes. An idle relay holds no buffer.
 //!
 //! What the application sends is read straight into the frame that carries it. What comes for it is written by the tunnel's
 //! driver ([`crate::link`]); here is written only what its socket did not take then.

@@ -22,7 +22,8 @@ use crate::metrics::Flag;
 pub(crate) enum Reach {
     /// A program in the pod: the kernel that serves both tells of its end.
     Pod,
-    /// A pod of the same machine, which may vanish with its network.
+    /// A pod of the same machine, which may vanish with its network. Listeners for tunnels have this too: who comes is known later,
+    /// and what has once been paced keeps the timers of it.
     Host,
     /// Another host, which may vanish without a word.
     Network,
@@ -51,8 +52,8 @@ pub(crate) struct Sockets {
     original_source: OriginalSource,
     /// Whether the kernel lets us take any source address.
     transparent: bool,
-    /// Whether connections are paced where nothing else is chosen for them.
-    paced: bool,
+    /// The congestion control that connections have where nothing else is chosen for them, if it paces.
+    pacing: Option<Arc<[u8]>>,
     keepalive: Option<Keepalive>,
     timeout: Duration,
 }
@@ -66,15 +67,15 @@ impl Sockets {
         sharing: usize,
     ) -> io::Result<Self> {
         let place = place.map(Arc::new);
-        let (transparent, paced) =
-            within(place.as_deref(), || (socket::can_be_transparent(), socket::paces().unwrap_or(false)))?;
+        let (transparent, pacing) =
+            within(place.as_deref(), || (socket::can_be_transparent(), socket::pacing_control().ok().flatten()))?;
         Ok(Self {
             place,
             sharing,
             mark: config.packet_mark,
             original_source,
             transparent: original_source != OriginalSource::Off && transparent,
-            paced,
+            pacing: pacing.map(Arc::from),
             keepalive: config.keepalive,
             timeout: config.handshake_timeout,
         })
@@ -135,10 +136,10 @@ impl Sockets {
         }
     }
 
-    /// Takes the pace out of a connection that stays on this machine.
-    pub(crate) fn unpace(&self, socket: &impl AsFd) {
-        if self.paced {
-            let _ = socket::set_unpaced(socket);
+    /// Gives a connection that turns out to be with another machine the congestion control that it would have had.
+    pub(crate) fn pace(&self, socket: &impl AsFd) {
+        if let Some(pacing) = &self.pacing {
+            let _ = socket::set_congestion_control(socket, pacing);
         }
     }
 
@@ -146,8 +147,8 @@ impl Sockets {
     pub(crate) fn tune(&self, socket: &SockRef<'_>, reach: Reach) {
         // A socket that refuses an option has just been closed by its peer, which the next read tells.
         let _ = socket.set_tcp_nodelay(true);
-        if reach != Reach::Network {
-            self.unpace(&**socket);
+        if reach != Reach::Network && self.pacing.is_some() {
+            let _ = socket::set_congestion_control(&**socket, socket::UNPACED);
         }
         let Some(keepalive) = self.keepalive.filter(|_| reach != Reach::Pod) else { return };
         let probes = TcpKeepalive::new()
@@ -167,7 +168,7 @@ enum Begun {
     Waiting,
 }
 
-/// Has a socket connect. Within one machine the kernel makes the whole handshake before the call returns, though it says that it is
+/// Has a socket connect. Within one machine the kernel mostly makes the whole handshake before the call returns, though it says that it is
 /// in progress: asking at once spares a round of the event loop.
 fn begin(socket: &Socket, to: SocketAddr, reach: Reach) -> io::Result<Begun> {
     let to = to.into();

@@ -117,10 +117,10 @@ impl Authenticated {
         let (source, id) = (accepted.source, peer.id.clone());
         pod.newest().put(Reporter::Destination, source.ip(), &peer);
         let proved = pod.live().prove(Reporter::Destination, credentials.id().clone(), peer, source.ip());
-        // What the listener's connections inherit is for peers of the network.
+        // What the listener's connections inherit is for peers of this machine.
         let from = pod.mesh(|snapshot| source_workload(snapshot, &local.workload, source.ip(), Some(&id)));
-        if Reach::between(&local.workload, from.as_deref()) == Reach::Host {
-            pod.sockets().unpace(stream.get_ref());
+        if Reach::between(&local.workload, from.as_deref()) == Reach::Network {
+            pod.sockets().pace(stream.get_ref());
         }
         let tunnel = Tunnel { local_address, source, peer: id, proof: proved.proof().clone() };
         Ok(Self { stream, tunnel, proved, until })

@@ -307,7 +307,7 @@ impl Metrics {
         );
         zspire.register(
             "tunnel_offences",
-            "Tunnels that were ended because the peer flooded them or broke HTTP/2, by what it did",
+            "Tunnels that were ended because the peer flooded them, broke HTTP/2 or did not begin it in time, by what it did",
             self.0.offences.clone(),
         );
         zspire.register("tunnel_waits", "Connections that waited for a tunnel to be made", self.0.tunnel_waits.clone());

@@ -162,7 +162,7 @@ impl Share<'_> {
         let mut set = |first| {
             Ok(Sockets4 {
                 outbound: outbound.as_mut().map(|at| self.listen("outbound", at, Reach::Pod, first)).transpose()?,
-                inbound: self.listen("inbound", inbound, Reach::Network, first)?,
+                inbound: self.listen("inbound", inbound, Reach::Host, first)?,
                 plaintext: plaintext
                     .as_mut()
                     .map(|at| self.listen("plaintext inbound", at, Reach::Network, first))

@@ -31,14 +31,9 @@ struct All {
     workers: Vec<mpsc::Sender<Handed>>,
 }
 
-/// How many tunnels each worker has, in all and of each peer.
+/// How many tunnels of each peer each worker has. Peers do not count for each other: what one does is no reason to put others together.
 #[derive(Default)]
-struct Load {
-    total: Each,
-    of: HashMap<IpAddr, Each>,
-}
-
-type Each = SmallVec<[u32; 8]>;
+struct Load(HashMap<IpAddr, SmallVec<[u32; 8]>>);
 
 /// A connection on its way to another worker.
 struct Handed {
@@ -144,30 +139,26 @@ impl Drop for Seat {
 }
 
 impl Load {
-    /// Enters a tunnel where the fewest of its peer are, of those where the fewest are, rather here than elsewhere.
+    /// Enters a tunnel where the fewest of its peer are, rather here than elsewhere.
     fn enter(&mut self, workers: usize, own: usize, of: IpAddr) -> usize {
-        self.total.resize(workers, 0);
-        let each = self.of.entry(of).or_default();
+        let each = self.0.entry(of).or_default();
         each.resize(workers, 0);
-        let fewest = |worker: &usize| (each[*worker], self.total[*worker], *worker != own);
-        let worker = (0..workers).min_by_key(fewest).unwrap_or(own);
+        let worker = (0..workers).min_by_key(|worker| (each[*worker], *worker != own)).unwrap_or(own);
         self.enter_at(worker, of);
         worker
     }
 
     fn enter_at(&mut self, worker: usize, of: IpAddr) {
-        self.total[worker] += 1;
-        if let Some(each) = self.of.get_mut(&of) {
+        if let Some(each) = self.0.get_mut(&of) {
             each[worker] += 1;
         }
     }
 
     fn leave(&mut self, worker: usize, of: IpAddr) {
-        self.total[worker] -= 1;
-        if let Some(each) = self.of.get_mut(&of) {
+        if let Some(each) = self.0.get_mut(&of) {
             each[worker] -= 1;
             if each.iter().all(|count| *count == 0) {
-                self.of.remove(&of);
+                self.0.remove(&of);
             }
         }
     }
@@ -178,19 +169,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tunnels_of_each_peer_are_spread_and_so_are_all() {
+    fn tunnels_of_each_peer_are_spread() {
         let (one, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
         let mut load = Load::default();
         assert_eq!(load.enter(2, 1, one), 1, "here, if all are equal");
-        assert_eq!(load.enter(2, 1, other), 0, "where the fewest are");
-        assert_eq!(load.enter(2, 1, one), 0);
-        assert_eq!(load.enter(2, 0, other), 1);
-        assert_eq!((load.total[0], load.total[1]), (2, 2));
+        assert_eq!(load.enter(2, 1, other), 1, "whoever else is here");
+        assert_eq!(load.enter(2, 1, one), 0, "where the fewest are");
+        assert_eq!(load.enter(2, 1, other), 0);
         load.leave(0, one);
         assert_eq!(load.enter(2, 1, one), 0, "where one has ended");
         for (worker, of) in [(0, one), (1, one), (0, other), (1, other)] {
             load.leave(worker, of);
         }
-        assert!(load.of.is_empty() && load.total.iter().all(|count| *count == 0), "nothing is kept of who is gone");
+        assert!(load.0.is_empty(), "nothing is kept of who is gone");
     }
 }

@@ -1,6 +1,6 @@
 //! Thread per core: each worker is a thread with a single-threaded runtime of its own.
 //!
-//! A connection lives on one worker from accept to close, and so do its tunnels: nothing of the byte path crosses
+//! A connection lives on one worker from its first byte to its close, and so do its tunnels: nothing of the byte path crosses
 //! threads. Work comes to a worker as a closure that starts tasks there; a worker ends when [`Workers`] is dropped
 //! and its tasks with it.
 

@@ -147,17 +147,21 @@ pub fn prefer_later_listeners(fd: impl AsFd, own: u32) -> io::Result<()> {
     if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Whether what connections of this namespace send is paced unless something else is chosen for them, as `bbr` does.
-pub fn paces() -> io::Result<bool> {
+/// A congestion control that does not pace. Every kernel has it.
+pub const UNPACED: &[u8] = b"reno";
+
+/// The congestion control that connections of this namespace have unless something else is chosen for them, if it paces what they
+/// send, as `bbr` does.
+pub fn pacing_control() -> io::Result<Option<Box<[u8]>>> {
     let name = scratch()?.tcp_congestion()?;
-    Ok(name.starts_with(b"bbr"))
+    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(name.starts_with(b"bbr").then(|| name.into()))
 }
 
-/// Has a connection, or those that a listener accepts, send without a pace (`TCP_CONGESTION`): for what never leaves this machine,
-/// where nothing but the reader is to be waited for, and the timers of a pace cost more than the bytes.
-pub fn set_unpaced(fd: impl AsFd) -> io::Result<()> {
-    // Every kernel has it, and lets everybody choose it.
-    SockRef::from(&fd).set_tcp_congestion(b"reno")
+/// Chooses the congestion control of a connection, or of those that a listener accepts (`TCP_CONGESTION`). A connection that was
+/// made with one that paces keeps the timers of the pace when it gets another.
+pub fn set_congestion_control(fd: impl AsFd, name: &[u8]) -> io::Result<()> {
+    SockRef::from(&fd).set_tcp_congestion(name)
 }
 
 /// Whether this process may mark packets.

@@ -6,19 +6,22 @@ use super::WINDOW;
 use crate::config::Config;
 
 /// A tunnel of several streams of which so much comes at once is read more slowly than it is written: bytes queue on the way.
-const DEEP: usize = 256 << 10;
+pub(crate) const DEEP: usize = 256 << 10;
 /// One of which so little comes at once is not.
 const SHALLOW: usize = 32 << 10;
 /// What the peer may send is at least this much, however it queues.
 const LEAST: u32 = 1 << 20;
 /// For so long the speed is measured.
 const MEASURED: Duration = Duration::from_millis(100);
+/// A measurement that took longer says nothing: nobody has sent meanwhile.
+const STALE: Duration = Duration::from_millis(500);
 
 /// Credit is returned when bytes are received, so that streams whose applications do not read do not stall the others; only what
 /// such streams hold beyond the cap of the tunnel is withheld.
 ///
 /// Whatever the peer may send waits on the way if it sends faster than we read, and a stream with little to say waits behind it. So
-/// a tunnel of several streams whose bytes queue gets less, down to twice what the path holds: its speed times its round trip.
+/// a tunnel of several streams whose bytes queue gets less, down to twice what the path holds, its speed times its round trip, once
+/// that is known.
 #[derive(Debug)]
 pub(super) struct Credit {
     /// What the peer may send now.
@@ -34,10 +37,10 @@ pub(super) struct Credit {
     speed: Speed,
 }
 
-/// Bytes in a second.
+/// Bytes in a second, while they come.
 #[derive(Debug, Default)]
 struct Speed {
-    last: u64,
+    last: Option<u64>,
     since: Duration,
     bytes: u64,
 }
@@ -47,14 +50,14 @@ impl Speed {
         self.bytes += bytes as u64;
         let took = now.saturating_sub(self.since);
         if took >= MEASURED {
-            self.last = self.bytes.saturating_mul(1000) / (took.as_millis() as u64).max(1);
-            (self.bytes, self.since) = (0, now);
+            let measured = self.bytes.saturating_mul(1000) / (took.as_millis() as u64).max(1);
+            *self = Self { last: (took < STALE).then_some(measured), since: now, bytes: 0 };
         }
     }
 
     /// What is under way in such a time.
-    fn within(&self, time: Duration) -> u64 {
-        self.last.saturating_mul(time.as_micros() as u64) / 1_000_000
+    fn within(&self, time: Duration) -> Option<u64> {
+        self.last.map(|last| last.saturating_mul(time.as_micros() as u64) / 1_000_000)
     }
 }
 
@@ -79,13 +82,17 @@ impl Credit {
     /// So many bytes came at once, of several streams or of one.
     pub(super) fn came(&mut self, bytes: usize, several: bool, now: Duration) {
         self.speed.add(bytes, now);
-        if several && bytes >= DEEP {
-            let Some(round_trip) = self.round_trip else { return };
-            let path = u32::try_from(self.speed.within(round_trip).saturating_mul(2)).unwrap_or(u32::MAX);
-            self.target = (self.target / 2).max(path).max(LEAST).min(self.most);
-        } else if bytes < SHALLOW || !several {
-            self.target = self.target.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX)).min(self.most);
-        }
+        let path = self.round_trip.and_then(|round_trip| self.speed.within(round_trip));
+        let path = path.map(|path| u32::try_from(2 * path).unwrap_or(u32::MAX));
+        let target = match path {
+            Some(path) if several && bytes >= DEEP => (self.target / 2).max(path).max(LEAST),
+            _ if !several || bytes < SHALLOW => {
+                self.target.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX)).max(path.unwrap_or(0))
+            }
+            // Neither: but what the path needs it gets.
+            path => self.target.max(path.unwrap_or(0)),
+        };
+        self.target = target.min(self.most);
     }
 
     /// The peer has sent this much. False: it was not allowed to.
@@ -115,8 +122,10 @@ impl Credit {
     /// What is worth a WINDOW_UPDATE now.
     pub(super) fn returned(&mut self) -> Option<u32> {
         let withheld = u32::try_from(self.held.saturating_sub(self.cap)).unwrap_or(u32::MAX);
-        let due = self.target.saturating_sub(withheld).saturating_sub(self.window);
-        let worth = (self.target / 4).max(1);
+        // Where something is withheld, the rest is for all the others.
+        let target = if withheld > 0 { self.most } else { self.target };
+        let due = target.saturating_sub(withheld).saturating_sub(self.window);
+        let worth = (target / 4).max(1);
         (due >= worth).then(|| {
             self.window += due;
             due
@@ -155,8 +164,8 @@ mod tests {
         let after = |round_trip: Duration| {
             let mut credit = Credit::new(&config);
             credit.answered(round_trip);
-            // 512 MiB in a second, a mebibyte at once.
-            (1..=512).for_each(|turn| credit.came(1 << 20, true, second * turn / 512));
+            // 512 MiB in a second, as much at once as there is in a turn.
+            (1..=2048).for_each(|turn| credit.came(DEEP, true, second * turn / 2048));
             credit
         };
         let mut near = after(Duration::from_micros(200));
@@ -168,6 +177,31 @@ mod tests {
 
         (0..200_000).for_each(|_| near.came(100, true, second));
         assert_eq!(near.target, 16 << 20, "it comes back when bytes no longer queue");
+    }
+
+    #[test]
+    fn a_long_path_gets_what_it_needs_after_silence_and_with_turns_of_any_size() {
+        let round_trip = Duration::from_millis(100);
+        for turn in [SHALLOW / 2, 64 << 10, DEEP] {
+            let mut credit = Credit::new(&Config { connection_window: 16 << 20, ..Config::default() });
+            credit.answered(round_trip);
+            // What comes after silence comes at once.
+            let silent = Duration::from_secs(60);
+            (0..64).for_each(|_| credit.came(DEEP, true, silent));
+            assert_eq!(credit.target, 16 << 20, "nothing is known of the path yet");
+            // And from wherever it has shrunk to, it grows with what comes in a round trip, which is all that there may be.
+            credit.target = LEAST;
+            let mut now = silent;
+            for _ in 0..10 {
+                let turns = credit.target as usize / turn;
+                let began = now;
+                for number in 1..=turns {
+                    now = began + round_trip * number as u32 / turns as u32;
+                    credit.came(turn, true, now);
+                }
+            }
+            assert!(credit.target >= 12 << 20, "{turn} bytes at once: {}", credit.target);
+        }
     }
 
     #[test]

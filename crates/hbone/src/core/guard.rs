@@ -25,6 +25,9 @@ const LATE: u64 = 3;
 /// Late frames that are under way at most. Those of streams that went long ago will not come any more.
 const LATE_AT_ONCE: u64 = 16_384;
 
+/// Updates that a peer may have saved up: twice what the largest window, sent at once, may cause.
+const UPDATES_AT_ONCE: u64 = 2 * (1 << 31) / PIECE;
+
 #[derive(Debug)]
 pub(super) struct Guard {
     budget: u32,
@@ -57,7 +60,7 @@ impl Guard {
 
     /// The peer gave something to send: what it says of a window is an answer to this.
     pub(super) fn sent(&mut self, bytes: usize) {
-        self.updates += UPDATES + bytes as u64 / PIECE;
+        self.updates = (self.updates + UPDATES + bytes as u64 / PIECE).min(UPDATES_AT_ONCE);
     }
 
     /// A window was updated.

@@ -40,6 +40,7 @@ use crate::reason::Reason;
 use crate::request::{Malformed, RequestHead, ResponseHead};
 
 use flow::Credit;
+pub(crate) use flow::DEEP;
 use guard::Guard;
 use hpack::Decoder;
 pub(crate) use out::Out;
@@ -273,7 +274,7 @@ impl<T: Default> Core<T> {
         self.out.written(n.min(self.out.len()));
     }
 
-    /// As if so many streams had been opened.
+    /// As if the next stream had this number.
     #[cfg(test)]
     pub(crate) fn skip_to(&mut self, next: u32) {
         self.next = next;

@@ -71,9 +71,7 @@ impl Out {
     /// The first `n` bytes have been written.
     pub(crate) fn written(&mut self, n: usize) {
         self.start += n;
-        if self.start == self.end {
-            *self = Self::default();
-        }
+        self.tidy();
     }
 
     /// Application data that may be added in frames of at most `size` bytes.
@@ -96,10 +94,10 @@ impl Out {
         self.end = end + HEADER + frame.length as usize;
     }
 
-    /// Nothing was put into [`space`](Self::space).
+    /// Gives the memory back if nothing waits in it.
     pub(super) fn tidy(&mut self) {
         if self.is_empty() {
-            *self = Self::default();
+            *self = Self { shut: self.shut, ..Self::default() };
         }
     }
 

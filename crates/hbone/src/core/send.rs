@@ -16,6 +16,9 @@ pub(super) const PING: &[u8; 8] = b"alive???";
 /// And the one that follows the announcement that no more streams are taken.
 pub(super) const DRAIN: &[u8; 8] = b"draining";
 
+/// Places in the queue that nobody holds any more, beyond as many as there are streams.
+const SPARE_PLACES: usize = 16;
+
 /// The last stream that a client can open.
 const LAST: u32 = 0x7fff_ffff;
 
@@ -82,6 +85,7 @@ impl<T: Default> Core<T> {
     ) -> Sent {
         let Some(entry) = self.streams.get_mut(stream) else { return Sent::Closed };
         let place = entry.place.take();
+        entry.starved = false;
         if entry.reset.is_some() || entry.local_ended || self.out.is_shut() {
             return Sent::Closed;
         }
@@ -91,13 +95,17 @@ impl<T: Default> Core<T> {
         let n = window.min(room).min(self.config.send_buffer).min(limit);
         if n == 0 {
             entry.starved = entry.send_window <= 0;
-            if !entry.starved {
-                // Who was not served keeps its place.
-                entry.place = place.or_else(|| {
-                    self.place += 1;
-                    self.queue.push_back((self.place, stream));
-                    Some(self.place)
-                });
+            if entry.starved {
+                return Sent::Parked;
+            }
+            // Who was not served keeps its place.
+            entry.place = place.or_else(|| {
+                self.place += 1;
+                self.queue.push_back((self.place, stream));
+                Some(self.place)
+            });
+            if self.queue.len() > 2 * self.streams.active + SPARE_PLACES {
+                self.forget_places();
             }
             return Sent::Parked;
         }
@@ -118,6 +126,13 @@ impl<T: Default> Core<T> {
             Err(_) => self.out.tidy(),
         }
         Sent::Asked(n, filled)
+    }
+
+    /// Places of streams that are gone, or were served, stay where they are until the others are told. A peer that opens no window
+    /// must not have us keep them.
+    fn forget_places(&mut self) {
+        let streams = &self.streams;
+        self.queue.retain(|(place, stream)| streams.get(*stream).is_some_and(|entry| entry.place == Some(*place)));
     }
 
     /// Whether others than this stream wait for room, or have sent since everything was written the last time.

@@ -588,6 +588,26 @@ fn nobody_waits_for_room_for_ever() {
     assert!(most - least <= 1 << 20, "{sent:?}");
 }
 
+/// Nor is anything kept of those that have waited and are gone, also when nobody is ever told that there is room.
+#[test]
+fn places_of_streams_that_are_gone_are_forgotten() {
+    let mut core = Core::<()>::client(&Config::default());
+    let mut at = 0;
+    while core.receive(&frame(frame::SETTINGS, 0, 0, &[]), &mut at, NOW).unwrap().is_some() {}
+    let all = |places: &mut [IoSliceMut<'_>]| Ok(places.iter().map(|place| place.len()).sum());
+    let first = core.open(&request(), ()).unwrap();
+    assert!(matches!(core.send(first, usize::MAX, all), Sent::Asked(65_535, Ok(65_535))), "the window of the tunnel");
+    for _ in 0..10_000 {
+        let stream = core.open(&request(), ()).unwrap();
+        assert!(matches!(core.send(stream, 1, all), Sent::Parked));
+        core.release(stream);
+        core.written(usize::MAX);
+        core.turned();
+        core.each_waiting(|_| panic!("there is no room"));
+    }
+    assert!(core.queue.len() < 100, "{}", core.queue.len());
+}
+
 /// What the last words of two that end at the same time say of streams that are gone is no waste, however often.
 #[test]
 fn ends_and_resets_may_cross() {

@@ -87,15 +87,18 @@ fn pace_is_taken_from_a_connection_and_from_what_a_listener_accepts() {
     let control =
         |socket: SockRef<'_>| socket.tcp_congestion().unwrap().split(|byte| *byte == 0).next().unwrap().to_vec();
     let netns = Netns::new().unwrap();
-    let paces = netns.run(socket::paces).unwrap().unwrap();
+    let pacing = netns.run(socket::pacing_control).unwrap().unwrap();
     let listener = crate::listen(&netns, (Ipv4Addr::LOCALHOST, 0));
-    assert_eq!(control(SockRef::from(&listener)).starts_with(b"bbr"), paces);
-    socket::set_unpaced(&listener).unwrap();
+    let usual = control(SockRef::from(&listener));
+    assert_eq!(pacing.as_deref(), usual.starts_with(b"bbr").then_some(&usual[..]));
+    socket::set_congestion_control(&listener, socket::UNPACED).unwrap();
     let client = crate::connect(&netns, listener.local_addr().unwrap());
     let (accepted, _) = listener.accept().unwrap();
     assert_eq!(control(SockRef::from(&accepted)), b"reno");
-    socket::set_unpaced(&client).unwrap();
-    assert_eq!(control(SockRef::from(&client)), b"reno");
+    // And it can be given back.
+    socket::set_congestion_control(&accepted, &usual).unwrap();
+    assert_eq!(control(SockRef::from(&accepted)), usual);
+    assert_eq!(control(SockRef::from(&client)), usual);
 }
 
 #[test]
