@@ -293,9 +293,11 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let to = listener.local_addr().unwrap();
         let socket = || socket::stream(to, &socket::Connect::default()).unwrap();
-        assert!(matches!(begin(&socket(), to, Reach::Pod), Ok(Begun::Connected)));
+        // A kernel that is busy may leave the handshake for later, but not each time.
+        let settled =
+            || (0..50).map(|_| begin(&socket(), to, Reach::Pod)).find(|begun| !matches!(begun, Ok(Begun::Waiting)));
+        assert!(matches!(settled(), Some(Ok(Begun::Connected))));
         drop(listener);
-        let refused = begin(&socket(), to, Reach::Pod).map(|_| ()).unwrap_err();
-        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(matches!(settled(), Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused));
     }
 }
