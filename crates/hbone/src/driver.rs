@@ -9,7 +9,7 @@ use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -77,6 +77,8 @@ impl<IO> Drop for Machine<IO> {
         if self.link.ended().is_none() {
             self.link.end(&link::aborted());
         }
+        // Streams may still be there, which keep the rest.
+        self.link.core.borrow_mut().out.clear();
     }
 }
 
@@ -108,12 +110,13 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
             Ok(Poll::Pending) => return Poll::Pending,
             Ok(Poll::Ready(ended)) => (ended, self.window),
             Err(ended) => {
-                let left = self.fail(cx, &ended);
+                let left = self.fail(&ended);
                 (ended, left)
             }
         };
         self.link.end(&ended);
         if left == 0 {
+            let _ = self.poll_last_words(cx);
             return Poll::Ready(ended);
         }
         self.parting = Some(Parting { ended, told: false, left });
@@ -121,17 +124,37 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
         self.part(cx)
     }
 
-    /// Says that nothing follows, and waits for the same; not for long, and not for much.
+    /// Writes what waits, says that nothing follows, and waits for the same; not for long, and not for much.
     fn part(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        let said = self.poll_last_words(cx);
         let Some(Parting { ended, told, left }) = &mut self.parting else { return Poll::Pending };
-        let mut gone = false;
-        if !*told && let Poll::Ready(said) = Pin::new(&mut self.io).poll_shutdown(cx) {
-            (*told, gone) = (true, said.is_err());
-        }
-        if gone || discard(&mut self.io, cx, left).is_ready() || self.clock.sleep.as_mut().poll(cx).is_ready() {
+        *told |= said.is_ready();
+        let unheard = matches!(said, Poll::Ready(Err(_)));
+        let over = match discard(&mut self.io, cx, left) {
+            Poll::Pending => false,
+            // It may still read what we have to say.
+            Poll::Ready(Discarded::All) => *told,
+            Poll::Ready(Discarded::Enough) => true,
+        };
+        if unheard || over || self.clock.sleep.as_mut().poll(cx).is_ready() {
             return Poll::Ready(ended.clone());
         }
         Poll::Pending
+    }
+
+    /// Ready: the connection below has taken everything, or takes nothing more.
+    fn poll_last_words(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.parting.as_ref().is_some_and(|parting| parting.told) {
+            return Poll::Ready(Ok(()));
+        }
+        let out = &mut self.link.core.borrow_mut().out;
+        while !out.is_empty() {
+            match ready!(Pin::new(&mut self.io).poll_write(cx, out.bytes()))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                n => out.written(n),
+            }
+        }
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 
     fn turn(&mut self, cx: &mut Context<'_>, asked: &mut Asked<'_>) -> Result<Poll<Ended>, Ended> {
@@ -333,8 +356,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
         }
     }
 
-    /// The last words, as far as the connection takes them; the bytes that are read of the peer until it has heard them.
-    fn fail(&mut self, cx: &mut Context<'_>, ended: &Ended) -> usize {
+    /// The last words; the bytes that are read of the peer until it has heard them.
+    fn fail(&mut self, ended: &Ended) -> usize {
         let (reason, left) = match ended {
             Ended::Protocol(violation) => (violation.reason, OF_A_BROKEN_PEER),
             Ended::Flood(_) => (Reason::ENHANCE_YOUR_CALM, OF_A_BROKEN_PEER),
@@ -343,13 +366,20 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
             _ => return 0,
         };
         self.link.core.borrow_mut().close(reason);
-        // What the connection below has taken, as TLS takes hundreds of kilobytes, leaves while it is closed.
-        if self.poll_write(cx).is_ok() { left } else { 0 }
+        left
     }
 }
 
-/// Reads what nobody wants. Ready: there is no more, or more than `left` bytes.
-fn discard(io: &mut (impl AsyncRead + Unpin), cx: &mut Context<'_>, left: &mut usize) -> Poll<()> {
+/// What was thrown away.
+enum Discarded {
+    /// All that the peer had to say.
+    All,
+    /// As much as it was given.
+    Enough,
+}
+
+/// Reads what nobody wants, at most `left` bytes.
+fn discard(io: &mut (impl AsyncRead + Unpin), cx: &mut Context<'_>, left: &mut usize) -> Poll<Discarded> {
     let mut buffer = lend::take();
     let mut total = 0;
     while total < TURN_OF_SEVERAL {
@@ -357,10 +387,10 @@ fn discard(io: &mut (impl AsyncRead + Unpin), cx: &mut Context<'_>, left: &mut u
         match Pin::new(&mut *io).poll_read(cx, &mut room) {
             Poll::Pending => return Poll::Pending,
             Poll::Ready(Ok(())) if !room.filled().is_empty() => {}
-            Poll::Ready(_) => return Poll::Ready(()),
+            Poll::Ready(_) => return Poll::Ready(Discarded::All),
         }
         let n = room.filled().len();
-        let Some(rest) = left.checked_sub(n) else { return Poll::Ready(()) };
+        let Some(rest) = left.checked_sub(n) else { return Poll::Ready(Discarded::Enough) };
         (*left, total) = (rest, total + n);
     }
     link::go_on(cx);

@@ -20,7 +20,7 @@ pub(crate) struct Out {
     buffer: Option<Buffer>,
     start: usize,
     end: usize,
-    /// Nothing will be written any more, and nothing is gathered.
+    /// Nothing more is gathered.
     shut: bool,
 }
 
@@ -41,8 +41,13 @@ impl Buffer {
 }
 
 impl Out {
-    /// Gives back the memory: nobody will write what waits, nor what comes.
+    /// Takes nothing more; what waits may still be written.
     pub(super) fn shut(&mut self) {
+        self.shut = true;
+    }
+
+    /// Takes nothing more, and nobody will write what waits.
+    pub(crate) fn clear(&mut self) {
         *self = Self { shut: true, ..Self::default() };
     }
 

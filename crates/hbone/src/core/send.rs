@@ -218,7 +218,8 @@ impl<T: Default> Core<T> {
         }
     }
 
-    /// Nobody reads or writes any more: memory that only that needs is given back, though streams are still to be released.
+    /// Nobody reads any more, and nothing is written but what waits: memory that only that needs is given back, though streams are
+    /// still to be released.
     pub(crate) fn finish(&mut self) {
         self.out.shut();
         (self.partial, self.block, self.queue) = Default::default();

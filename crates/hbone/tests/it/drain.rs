@@ -1,7 +1,7 @@
 //! Tunnels that end in good order, and tunnels that are cut.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpSocket;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::spawn_local;
 use tokio::time::Instant;
 use zspire_hbone::{Config, Ended, OpenError, Reason};
@@ -137,21 +137,26 @@ fn a_server_that_goes_away_with_an_error_says_which() {
     });
 }
 
+/// A peer whose kernel takes little at once, and our end of its connection: much of what is said to it waits.
+async fn reluctant() -> (TcpStream, TcpStream) {
+    let listening = TcpSocket::new_v4().unwrap();
+    listening.set_recv_buffer_size(4096).unwrap();
+    listening.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = listening.listen(1).unwrap();
+    let connecting = TcpSocket::new_v4().unwrap();
+    connecting.set_send_buffer_size(4096).unwrap();
+    let (ours, accepted) = tokio::join!(connecting.connect(listener.local_addr().unwrap()), listener.accept());
+    (accepted.unwrap().0, ours.unwrap())
+}
+
 /// A connection that is closed with bytes that were not read is reset, and what its other end has not read by then may be lost. So
 /// the last words are followed by listening.
 #[test]
 fn what_was_said_last_arrives_though_the_peer_still_speaks() {
     const TOTAL: usize = 60_000;
     run(async {
-        // A peer whose kernel takes little at once: much of what is said waits in ours when we close.
-        let listening = TcpSocket::new_v4().unwrap();
-        listening.set_recv_buffer_size(4096).unwrap();
-        listening.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let listener = listening.listen(1).unwrap();
-        let connecting = tokio::net::TcpStream::connect(listener.local_addr().unwrap());
-        let (ours, accepted) = tokio::join!(connecting, listener.accept());
-        let mut peer = accepted.unwrap().0;
-        let mut server = Server::new(ours.unwrap(), &Config::default());
+        let (mut peer, ours) = reluctant().await;
+        let mut server = Server::new(ours, &Config::default());
         let mut bytes = hello();
         bytes.extend(frame(HEADERS, END_HEADERS | END_STREAM, 1, &connect_block()));
         peer.write_all(&bytes).await.unwrap();
@@ -185,6 +190,44 @@ fn what_was_said_last_arrives_though_the_peer_still_speaks() {
         assert_eq!((received, goaways), (TOTAL, 3), "the announcement, the drain and the end");
         drop(peer);
         assert!(matches!(server.task.await.unwrap(), Ended::Closed));
+    });
+}
+
+/// What was under way to a peer that breaks the protocol arrives as well, and then why nothing follows: also if the peer has closed
+/// its own side.
+#[test]
+fn what_was_under_way_and_the_reason_arrive_at_a_peer_that_broke_the_protocol() {
+    const TOTAL: usize = 50_000;
+    run(async {
+        let (mut peer, ours) = reluctant().await;
+        let mut server = Server::new(ours, &Config::default());
+        let mut bytes = hello();
+        bytes.extend(frame(HEADERS, END_HEADERS, 1, &connect_block()));
+        peer.write_all(&bytes).await.unwrap();
+        let mut stream = server.accept().await.into_io();
+        stream.write_all(&[7; TOTAL]).await.unwrap();
+        // More than the two kernels take is written by now.
+        tokio::task::yield_now().await;
+        peer.write_all(&frame(DATA, 0, 0, &[1])).await.unwrap();
+        peer.shutdown().await.unwrap();
+        while stream.write_all(&[8]).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+
+        let mut received = Vec::new();
+        peer.read_to_end(&mut received).await.expect("it is closed, not reset");
+        let (mut rest, mut sevens, mut said) = (&received[..], 0, Vec::new());
+        while let Some((header, after)) = rest.split_first_chunk::<9>() {
+            let (payload, after) = after.split_at(u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize);
+            match header[3] {
+                DATA => sevens += payload.iter().filter(|byte| **byte == 7).count(),
+                GOAWAY => said.push(payload[7]),
+                _ => {}
+            }
+            rest = after;
+        }
+        assert_eq!((sevens, said), (TOTAL, vec![1]), "PROTOCOL_ERROR");
+        assert!(matches!(server.task.await.unwrap(), Ended::Protocol(_)));
     });
 }
 
