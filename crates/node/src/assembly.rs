@@ -154,6 +154,7 @@ impl Node {
                 mesh: mesh.reader(),
                 metrics: zspire_proxy::metrics::Metrics::default(),
                 connections: Table::default(),
+                begun: zspire_proxy::Begun::default(),
                 authorization: mesh.authorization(),
                 discovered: mesh.discovered(),
                 trust: control.revocation.changes(),

@@ -40,6 +40,7 @@ pub use config::{Config, Keepalive, Listeners, OriginalSource};
 pub use pod::{Known, Local, PodSpec};
 pub use proxy::{OnDemand, Proxy, Shared, StartError};
 pub use resolve::Resolver;
+pub use spread::Begun;
 
 /// What applications send and are sent before their own bytes, apart from connections: for tests with arbitrary input.
 pub mod preambles {

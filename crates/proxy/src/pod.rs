@@ -99,12 +99,13 @@ impl Pod {
     pub(crate) fn new(
         shared: Arc<Shared>,
         spec: &PodSpec,
+        worker: usize,
         sockets: Sockets,
         newest: Newest,
         drain: CancellationToken,
     ) -> Self {
         let live = Registry::new(shared.metrics.clone());
-        let tunnels = Tunnels::new(&shared, sockets.clone(), live.clone(), newest.clone());
+        let tunnels = Tunnels::new(&shared, worker, sockets.clone(), live.clone(), newest.clone());
         Self(Rc::new(Inner {
             shared,
             uid: spec.uid.clone(),

@@ -23,7 +23,7 @@ use crate::live::{Reason, Verdict};
 use crate::metrics::Metrics;
 use crate::pod::{Pod, PodSpec};
 use crate::resolve::Resolver;
-use crate::spread::Spread;
+use crate::spread::{Begun, Spread};
 use crate::watch::Newest;
 use crate::workers::Workers;
 use crate::{dns, outbound, plaintext, socks5};
@@ -41,6 +41,8 @@ pub struct Shared {
     pub mesh: Reader,
     pub metrics: Metrics,
     pub connections: Table,
+    /// Tunnels that the process is opening to pods of its machine, which may be its own.
+    pub begun: Begun,
     /// Changes whenever a connection that was allowed may be denied now.
     pub authorization: watch::Receiver<u64>,
     /// Whether the mesh has been told as a whole, workloads and policies; never false again once it is true.
@@ -115,10 +117,13 @@ impl Proxy {
         let sets = sockets.inside(|| share.listen_all(&mut spec.listeners)).map_err(StartError::Enter)??;
         let (drain, cut, tracker) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
         let newest = Newest::default();
-        for ((worker, set), spread) in workers.iter().zip(sets).zip(Spread::over(workers.count())) {
+        for (number, ((worker, set), spread)) in workers.iter().zip(sets).zip(Spread::over(workers.count())).enumerate()
+        {
             let (shared, spec, sockets, newest) = (shared.clone(), spec.clone(), sockets.clone(), newest.clone());
             let (drain, cut, running) = (drain.clone(), cut.clone(), tracker.token());
-            worker.spawn(move || serve(Pod::new(shared, &spec, sockets, newest, drain), set, spread, cut, running));
+            worker.spawn(move || {
+                serve(Pod::new(shared, &spec, number, sockets, newest, drain), set, spread, cut, running)
+            });
         }
         tracker.close();
         Ok(Self { drain, workers: tracker, listeners: spec.listeners, cut: cut.drop_guard() })

@@ -3,6 +3,8 @@
 //! The kernel gives connections to the workers' listeners by a hash. That is even for many, but the tunnels of one peer are as few as
 //! its workers and each carries a share of everything: half of the time two of them would meet on one worker, and the other have
 //! nothing to do. So each goes to the worker that has the fewest of that peer, and it is handed over before anything is read.
+//!
+//! A tunnel between two pods of this process goes to the worker that opened it: a message that stays on its thread wakes nobody.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -34,6 +36,39 @@ struct All {
 /// How many tunnels of each peer each worker has. Peers do not count for each other: what one does is no reason to put others together.
 #[derive(Default)]
 struct Load(HashMap<IpAddr, SmallVec<[u32; 8]>>);
+
+/// Tunnels that workers of this process have begun to open to pods of the same machine, until their handshakes are over: the other
+/// end may be served here as well.
+#[derive(Debug, Default)]
+pub struct Begun(Mutex<HashMap<Ends, usize>>);
+
+/// Where a tunnel comes from and where it goes.
+type Ends = (SocketAddr, SocketAddr);
+
+/// A tunnel of which its other end may ask; forgotten when this is dropped.
+pub(crate) struct Beginning<'a> {
+    begun: &'a Begun,
+    ends: Ends,
+}
+
+impl Begun {
+    /// Notes which worker opens a tunnel.
+    pub(crate) fn note(&self, ends: Ends, worker: usize) -> Beginning<'_> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(ends, worker);
+        Beginning { begun: self, ends }
+    }
+
+    /// The worker that opens the tunnel between these ends, if it is one of this process.
+    fn worker(&self, ends: &Ends) -> Option<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(ends).copied()
+    }
+}
+
+impl Drop for Beginning<'_> {
+    fn drop(&mut self) {
+        self.begun.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.ends);
+    }
+}
 
 /// A connection on its way to another worker.
 struct Handed {
@@ -70,8 +105,9 @@ impl Spread {
                 }
             };
             let Some(Handed { socket, source, seat }) = handed else { return };
-            if let Ok(socket) = TcpStream::from_std(socket) {
-                pod.connections().spawn(serve(pod.clone(), Accepted { socket, source }, seat));
+            match TcpStream::from_std(socket) {
+                Ok(socket) => pod.connections().spawn(serve(pod.clone(), Accepted { socket, source }, seat)),
+                Err(error) => lost(source, &error),
             }
         }
     }
@@ -95,7 +131,8 @@ impl Placed {
     /// Serves it here, or has another worker serve it.
     pub(crate) async fn serve(self) {
         let Self { pod, accepted, all, own } = self;
-        let seat = Seat::take(&all, own, accepted.source.ip());
+        let begun = accepted.local().ok().and_then(|local| pod.shared().begun.worker(&(accepted.source, local)));
+        let seat = Seat::take(&all, own, accepted.source.ip(), begun);
         let place = all.workers.get(seat.worker).filter(|_| seat.worker != own).map(mpsc::Sender::try_reserve);
         let place = match place {
             None => return serve(pod, accepted, seat).await,
@@ -104,10 +141,16 @@ impl Placed {
             Some(Ok(place)) => place,
         };
         let Accepted { socket, source } = accepted;
-        if let Ok(socket) = socket.into_std() {
-            place.send(Handed { socket, source, seat });
+        match socket.into_std() {
+            Ok(socket) => place.send(Handed { socket, source, seat }),
+            Err(error) => lost(source, &error),
         }
     }
+}
+
+/// The kernel neither watches it any more nor begins to, for want of memory or by its limit of what is watched; it is closed.
+fn lost(source: SocketAddr, error: &std::io::Error) {
+    tracing::warn!(%source, %error, "a tunnel was lost on its way to another worker: its peer has to connect again");
 }
 
 async fn serve(pod: Pod, accepted: Accepted, seat: Seat) {
@@ -116,8 +159,8 @@ async fn serve(pod: Pod, accepted: Accepted, seat: Seat) {
 }
 
 impl Seat {
-    fn take(all: &Arc<All>, own: usize, of: IpAddr) -> Self {
-        let worker = all.load.lock().unwrap_or_else(PoisonError::into_inner).enter(all.workers.len(), own, of);
+    fn take(all: &Arc<All>, own: usize, of: IpAddr, begun: Option<usize>) -> Self {
+        let worker = all.load.lock().unwrap_or_else(PoisonError::into_inner).enter(all.workers.len(), own, of, begun);
         Self { all: all.clone(), worker, of }
     }
 
@@ -139,11 +182,12 @@ impl Drop for Seat {
 }
 
 impl Load {
-    /// Enters a tunnel where the fewest of its peer are, rather here than elsewhere.
-    fn enter(&mut self, workers: usize, own: usize, of: IpAddr) -> usize {
+    /// Enters a tunnel where it was begun, or where the fewest of its peer are, rather here than elsewhere.
+    fn enter(&mut self, workers: usize, own: usize, of: IpAddr, begun: Option<usize>) -> usize {
         let each = self.0.entry(of).or_default();
         each.resize(workers, 0);
-        let worker = (0..workers).min_by_key(|worker| (each[*worker], *worker != own)).unwrap_or(own);
+        let fewest = || (0..workers).min_by_key(|worker| (each[*worker], *worker != own));
+        let worker = begun.filter(|begun| *begun < workers).or_else(fewest).unwrap_or(own);
         self.enter_at(worker, of);
         worker
     }
@@ -172,15 +216,27 @@ mod tests {
     fn tunnels_of_each_peer_are_spread() {
         let (one, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
         let mut load = Load::default();
-        assert_eq!(load.enter(2, 1, one), 1, "here, if all are equal");
-        assert_eq!(load.enter(2, 1, other), 1, "whoever else is here");
-        assert_eq!(load.enter(2, 1, one), 0, "where the fewest are");
-        assert_eq!(load.enter(2, 1, other), 0);
+        assert_eq!(load.enter(2, 1, one, None), 1, "here, if all are equal");
+        assert_eq!(load.enter(2, 1, other, None), 1, "whoever else is here");
+        assert_eq!(load.enter(2, 1, one, None), 0, "where the fewest are");
+        assert_eq!(load.enter(2, 1, other, None), 0);
         load.leave(0, one);
-        assert_eq!(load.enter(2, 1, one), 0, "where one has ended");
-        for (worker, of) in [(0, one), (1, one), (0, other), (1, other)] {
+        assert_eq!(load.enter(2, 1, one, None), 0, "where one has ended");
+        assert_eq!(load.enter(2, 1, one, Some(0)), 0, "where it was begun, however many there are");
+        for (worker, of) in [(0, one), (0, one), (1, one), (0, other), (1, other)] {
             load.leave(worker, of);
         }
         assert!(load.0.is_empty(), "nothing is kept of who is gone");
+    }
+
+    #[test]
+    fn a_tunnel_is_known_by_both_ends_until_its_handshake_is_over() {
+        let (from, to) = (SocketAddr::from(([10, 0, 0, 1], 40000)), SocketAddr::from(([10, 0, 0, 2], 15008)));
+        let begun = Begun::default();
+        let beginning = begun.note((from, to), 1);
+        assert_eq!(begun.worker(&(from, to)), Some(1));
+        assert_eq!(begun.worker(&(from, SocketAddr::from(([10, 0, 0, 3], 15008)))), None, "to somebody else");
+        drop(beginning);
+        assert_eq!(begun.worker(&(from, to)), None);
     }
 }

@@ -44,6 +44,7 @@ pub(crate) struct Tunnels(Rc<Inner>);
 struct Inner {
     pool: Pool<Key, Failure>,
     shared: Arc<Shared>,
+    worker: usize,
     sockets: Sockets,
     live: Rc<Registry>,
     newest: Newest,
@@ -65,11 +66,17 @@ pub(crate) struct Opened {
 }
 
 impl Tunnels {
-    pub(crate) fn new(shared: &Arc<Shared>, sockets: Sockets, live: Rc<Registry>, newest: Newest) -> Self {
+    pub(crate) fn new(
+        shared: &Arc<Shared>,
+        worker: usize,
+        sockets: Sockets,
+        live: Rc<Registry>,
+        newest: Newest,
+    ) -> Self {
         let metrics = shared.metrics.clone();
         let config = PoolConfig { unused_release: shared.config.unused_release };
         let pool = Pool::new(config, move |change| metrics.tunnels(change));
-        Self(Rc::new(Inner { pool, shared: shared.clone(), sockets, live, newest, made: RefCell::default() }))
+        Self(Rc::new(Inner { pool, shared: shared.clone(), worker, sockets, live, newest, made: RefCell::default() }))
     }
 
     /// Opens a stream to a peer, on a tunnel that is there or on a new one.
@@ -168,7 +175,10 @@ impl Tunnels {
     async fn make(self, key: Key, credentials: Arc<Credentials>) -> Result<Connected, Failure> {
         let shared = &self.0.shared;
         let socket = self.0.sockets.connect(key.destination, key.source_address, key.reach).await?;
+        let from = if key.reach == Reach::Host { socket.local_addr().ok() } else { None };
+        let beginning = from.map(|from| shared.begun.note((from, key.destination), self.0.worker));
         let Begun { tunnel, driver, until, peer } = over(shared, socket, &credentials, &key.expected).await?;
+        drop(beginning);
         let proved = self.prove(&key, &credentials, &peer);
         let renew_at = renewal(SystemTime::now(), credentials.not_after().min(peer.not_after));
         let made = Made { key: key.clone(), proof: proved.proof().clone(), renew_at: Cell::new(Some(renew_at)) };

@@ -81,6 +81,7 @@ impl Rig {
             mesh,
             metrics: metrics.clone(),
             connections: Default::default(),
+            begun: Default::default(),
             authorization: watch::channel(0).1,
             discovered: watch::channel(true).1,
             trust: watch::channel(0).1,
@@ -92,7 +93,7 @@ impl Rig {
         let spec =
             PodSpec { uid: "ns/client".into(), local: known, listeners, place: None, overlap: false, only: None };
         let connecting = Connecting::new(&shared.config, shared.config.original_source, None, 1).unwrap();
-        let pod = Pod::new(Arc::new(shared), &spec, connecting, Default::default(), CancellationToken::new());
+        let pod = Pod::new(Arc::new(shared), &spec, 0, connecting, Default::default(), CancellationToken::new());
         tokio::task::spawn_local(async move {
             let config = pod.shared().config.dns.clone();
             serve(&pod, &config, vec![Sockets { udp, tcp }]).await;
