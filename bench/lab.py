@@ -108,6 +108,10 @@ class Network:
             if outbound:
                 script += f"""
 table inet bench {{
+  chain raw_out {{
+    type filter hook output priority -300
+    meta mark & 0xfff == {MARK} oifname "lo" meta l4proto tcp ct original zone set 1
+  }}
   chain mangle_pre {{
     type filter hook prerouting priority -150
     meta mark & 0xfff == {MARK} ct mark set 0x111

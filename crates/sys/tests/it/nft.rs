@@ -152,6 +152,26 @@ fn the_application_sees_the_peers_address_and_its_replies_come_back() {
     }
 }
 
+/// The kernel chooses the port of the proxy's connection among those that no socket here has; a client's is none of them.
+#[test]
+fn the_proxy_may_have_the_port_that_its_client_has() {
+    let mesh = Mesh::new(&Redirection::default());
+    let inbound = proxy(&mesh.captured, 15006);
+    for (own, client) in addresses(&mesh.captured).into_iter().zip(addresses(&mesh.plain)) {
+        let to = SocketAddr::new(own, 8080);
+        let app = listen(&mesh.captured.netns, to);
+        let coming = connect(&mesh.plain.netns, to);
+        let (accepted, from) = inbound.accept().unwrap();
+        let range = format!("{0} {0}", from.port());
+        mesh.captured.netns.run(|| std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", range)).unwrap().unwrap();
+        let ours = marked(&mesh.captured.netns, to, Some(client));
+        let (served, seen) = app.accept().unwrap();
+        assert_eq!(seen, SocketAddr::new(client, from.port()));
+        converse(&ours, &served);
+        converse(&coming, &accepted);
+    }
+}
+
 #[test]
 fn a_transparent_listener_is_marked_as_the_connections_it_accepts() {
     let mesh = Mesh::new(&Redirection::default());
