@@ -136,6 +136,7 @@ fn from_file(local: &LocalXds, domain: TrustDomain, mesh: &Mesh, board: &Board, 
         LocalXds::Path(path) => {
             let watcher = file::Watcher::new(path).trust_domain(domain.clone());
             let first = file::load_in(path, &domain).context("LOCAL_XDS_PATH")?;
+            give_back_text();
             mesh.apply(first.changes());
             mesh.is_whole();
             board.change(|status| {
@@ -148,6 +149,12 @@ fn from_file(local: &LocalXds, domain: TrustDomain, mesh: &Mesh, board: &Board, 
         }
     }
     Ok(())
+}
+
+/// The text of a file was one large piece of memory, which the allocator keeps for a while and does not use for the many small ones
+/// that a mesh is made of: without this a process has both at its highest.
+fn give_back_text() {
+    zspire_sys::allocator::purge();
 }
 
 /// Follows a file until stopped; what cannot be read leaves the mesh as it was.
@@ -166,6 +173,7 @@ async fn follow(
         };
         match changed {
             Ok(new) => {
+                give_back_text();
                 let changes = file::diff(&current, &new);
                 tracing::info!(file = %path.display(), changes = changes.len(), "mesh file read again");
                 mesh.apply(changes);
