@@ -182,7 +182,9 @@ impl Relay {
                     self.app.counters.sent(n);
                     if n > 0 && n < asked {
                         exhausted(&self.app.socket, Interest::READABLE);
-                    } else if n > 0 && limit == IN_A_CROWD {
+                    } else if n > 0 {
+                        // There is more, and what was read has to leave first. If the peer is on this thread, it takes that while
+                        // the processor still has it at hand.
                         go_on(cx);
                         break Ok(false);
                     }
