@@ -124,7 +124,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Machine<IO> {
         self.part(cx)
     }
 
-    /// Writes what waits, says that nothing follows, and waits for the same; not for long, and not for much.
+    /// Writes what waits, says that nothing follows, and reads until the peer says the same; not for long, and not for much.
     fn part(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         let said = self.poll_last_words(cx);
         let Some(Parting { ended, told, left }) = &mut self.parting else { return Poll::Pending };

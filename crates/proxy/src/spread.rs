@@ -4,7 +4,8 @@
 //! its workers and each carries a share of everything: half of the time two of them would meet on one worker, and the other have
 //! nothing to do. So each goes to the worker that has the fewest of that peer, and it is handed over before anything is read.
 //!
-//! A tunnel between two pods of this process goes to the worker that opened it: a message that stays on its thread wakes nobody.
+//! A tunnel between two pods of this process goes to the worker that opened it, if that is known in time and has room: a message that
+//! stays on its thread wakes nobody.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};

@@ -12,7 +12,7 @@ use zspire_hbone::{Connected, Ended, OpenError, Pool, PoolConfig, Request, Statu
 use zspire_identity::{Credentials, ExpectedPeers, Peer, tls};
 use zspire_model::SpiffeId;
 
-use crate::connect::{Reach, Sockets};
+use crate::connect::{Reach, Sockets, canonical};
 use crate::flow::Failure;
 use crate::live::{Proof, Proved, Registry};
 use crate::metrics::{Flag, Reporter};
@@ -176,7 +176,8 @@ impl Tunnels {
         let shared = &self.0.shared;
         let socket = self.0.sockets.connect(key.destination, key.source_address, key.reach).await?;
         let from = if key.reach == Reach::Host { socket.local_addr().ok() } else { None };
-        let beginning = from.map(|from| shared.begun.note((from, key.destination), self.0.worker));
+        let ends = from.map(|from| (canonical(from), canonical(key.destination)));
+        let beginning = ends.map(|ends| shared.begun.note(ends, self.0.worker));
         let Begun { tunnel, driver, until, peer } = over(shared, socket, &credentials, &key.expected).await?;
         drop(beginning);
         let proved = self.prove(&key, &credentials, &peer);
