@@ -198,6 +198,11 @@ impl PolicySet {
         self.version
     }
 
+    /// Whether it has names of policies that are not known and were not in another one.
+    pub fn misses_more_than(&self, other: &Self) -> bool {
+        self.missing.iter().any(|name| !other.missing.contains(name))
+    }
+
     /// What is different in a newer set. Policies are compared by where they are in memory, which snapshots share.
     pub fn until(&self, newer: &Self) -> Difference {
         let here = |set: &Self| set.known.iter().map(Arc::as_ptr).collect::<HashSet<_>>();

@@ -26,7 +26,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 use tokio::task::yield_now;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use zspire_identity::tls::{self, Rejection};
 use zspire_identity::{Credentials, Peer, State, Watch};
 use zspire_model::authorize::PolicySet;
@@ -46,6 +46,9 @@ const CLOCK: Duration = Duration::from_secs(10);
 /// How long a peer may take to show a certificate of another CA when its own is trusted no longer. Where a CA is replaced, all
 /// ends are told within moments, and the client's makes a new tunnel at once.
 const DOUBT: Duration = Duration::from_secs(1);
+/// How long a policy that a workload names may be unknown before connections that live are cut for it. Discovery tells of workloads and
+/// of policies one after the other.
+const NAMED_FIRST: Duration = Duration::from_millis(50);
 /// Peers whose newest certificates are remembered for a pod.
 const REMEMBERED: usize = 4096;
 
@@ -203,11 +206,18 @@ async fn look_at_policies(pod: &Pod, seen: &RefCell<Seen>, local: &Local) {
             (!known).then(|| PolicySet::of(snapshot, workload))
         })
     };
-    let Some(newer) = newer else { return };
+    let Some(mut newer) = newer else { return };
     let (policies, asked_for) = {
         let seen = seen.borrow();
         (seen.policies.clone(), seen.asked_for.clone())
     };
+    if newer.misses_more_than(&policies) {
+        // Only who asks now is denied meanwhile.
+        let mut authorization = pod.shared().authorization.clone();
+        let of_now = || pod.mesh(|snapshot| PolicySet::of(snapshot, workload));
+        let _ = timeout(NAMED_FIRST, authorization.wait_for(|_| !of_now().misses_more_than(&policies))).await;
+        newer = of_now();
+    }
     let difference = policies.until(&newer);
     let last = asked_for.as_ref().map(|workload| Applying { policies: &policies, workload });
     let now = Applying { policies: &newer, workload };
