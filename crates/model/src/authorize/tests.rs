@@ -445,3 +445,18 @@ fn a_difference_has_only_what_differs() {
     let asked = |by: &str| difference.recheck(&connection(&server, None), Some(&policy_key(by)));
     assert_eq!((asked("p2"), asked("p8")), (Recheck::Same, Recheck::AskAll));
 }
+
+#[test]
+fn a_name_that_was_unknown_before_is_no_news() {
+    let (mut store, reader) = crate::Store::new();
+    let of = |names: &[&str]| {
+        let names = names.iter().map(|name| policy_key(name)).collect();
+        PolicySet::of(&reader.load(), &server().with(|it| it.authorization_policies = names))
+    };
+    let (none, gone) = (of(&[]), of(&["gone"]));
+    assert!(gone.misses_more_than(&none) && !gone.misses_more_than(&gone) && !none.misses_more_than(&gone));
+    assert!(of(&["gone", "late"]).misses_more_than(&gone));
+    let late = allow("late", true).with(|it| it.scope = Scope::WorkloadSelector);
+    store.apply([crate::Change::from(late)]);
+    assert!(!of(&["gone", "late"]).misses_more_than(&gone), "it is known by now");
+}
