@@ -149,7 +149,7 @@ impl Placed {
     }
 }
 
-/// The kernel neither watches it any more nor begins to, for want of memory or by its limit of what is watched; it is closed.
+/// The kernel could not be told to watch it for the other worker, for want of memory or by its limit of what is watched: it is closed.
 fn lost(source: SocketAddr, error: &std::io::Error) {
     tracing::warn!(%source, %error, "a tunnel was lost on its way to another worker: its peer has to connect again");
 }
