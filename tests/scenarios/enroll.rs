@@ -9,6 +9,7 @@ use serde_json::Value;
 use zspire_testkit::{Mesh, Pod, hear, mesh, say, uncaptured, until};
 
 use crate::scenario;
+use crate::traffic::connect;
 
 /// A client and a server on two nodes, both enrolled, and a place outside the mesh beside the server.
 fn enrolled() -> Mesh {
@@ -361,4 +362,36 @@ fn nothing_passes_in_plain_text_while_proxy_and_agent_are_killed() {
         assert!(packets.with(&15008_u16.to_be_bytes()) > 20, "the recording sees the tunnels");
         assert_eq!(packets.with(CANARY.as_bytes()), 0);
     });
+}
+
+/// The two ends of a tunnel within a process are on one worker, whichever has opened it: what flows there wakes no other.
+#[test]
+fn tunnel_between_two_pods_of_a_proxy_is_on_one_worker() {
+    scenario(|| {
+        let clients = ["one", "two", "three"];
+        let mesh = clients.iter().fold(mesh().shared().node("a").pod("server"), |mesh, name| mesh.pod(*name)).start();
+        let server = mesh.pod("server");
+        let app = server.listen();
+        for client in clients.iter().flat_map(|name| [mesh.pod(name), mesh.pod(name)]) {
+            let live = connect(&client, &server, &app);
+            let before = wakings(&server.metrics());
+            for _ in 0..100 {
+                live.goes_on();
+            }
+            let after = wakings(&server.metrics());
+            let mut more: Vec<_> = after.iter().zip(before).map(|(after, before)| after - before).collect();
+            more.sort_unstable();
+            assert!(
+                more.len() == 2 && more[0] < 50 && more[1] >= 200,
+                "{} wakes the workers {more:?} times",
+                client.name()
+            );
+        }
+    });
+}
+
+/// How often each worker went to sleep.
+fn wakings(page: &str) -> Vec<u64> {
+    let of_workers = page.lines().filter(|line| line.starts_with("tokio_worker_park_count_total{"));
+    of_workers.filter_map(|line| line.rsplit_once(' ')?.1.parse().ok()).collect()
 }

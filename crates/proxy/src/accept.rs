@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -114,15 +115,31 @@ fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(24 | 23 | 105 | 12))
 }
 
+/// A complaint that every connection could give rise to: it is made once in a while.
+#[derive(Debug, Default)]
+pub(crate) struct Complaint(Mutex<Option<Instant>>);
+
+impl Complaint {
+    /// Whether it may be made now.
+    pub(crate) fn is_due(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|at| at.elapsed() >= COMPLAINT);
+        if due {
+            *last = Some(Instant::now());
+        }
+        due
+    }
+}
+
 /// The descriptor that is held back.
 struct Reserve {
     held: Cell<Option<File>>,
-    complained: Cell<Option<Instant>>,
+    complaint: Complaint,
 }
 
 impl Default for Reserve {
     fn default() -> Self {
-        Self { held: Cell::new(File::open("/dev/null").ok()), complained: Cell::new(None) }
+        Self { held: Cell::new(File::open("/dev/null").ok()), complaint: Complaint::default() }
     }
 }
 
@@ -138,8 +155,7 @@ impl Reserve {
             shed += 1;
         }
         self.held.set(File::open("/dev/null").ok());
-        if self.complained.get().is_none_or(|at| at.elapsed() >= COMPLAINT) {
-            self.complained.set(Some(Instant::now()));
+        if self.complaint.is_due() {
             tracing::error!(%error, shed, "connections are turned away: raise the limit of open files (ulimit -n)");
         }
     }

@@ -98,17 +98,38 @@ impl Sockets {
 
     /// Opens a connection, from `source` if the settings and the kernel allow that.
     pub(crate) async fn connect(&self, to: SocketAddr, source: IpAddr, reach: Reach) -> Result<TcpStream, Error> {
+        let socket = self.make(to, source, reach, false)?;
+        self.open(socket, to, reach).await
+    }
+
+    /// The same, after `note` has been told the port that it comes from; with what that returns. None is known where ports are short.
+    pub(crate) async fn connect_noted<T>(
+        &self,
+        to: SocketAddr,
+        source: IpAddr,
+        reach: Reach,
+        note: impl FnOnce(u16) -> T,
+    ) -> Result<(TcpStream, Option<T>), Error> {
+        let socket = self.make(to, source, reach, true).or_else(|_| self.make(to, source, reach, false))?;
+        let port = socket.local_addr().ok().and_then(|local| local.as_socket()).map(|local| local.port());
+        let noted = port.filter(|port| *port != 0).map(note);
+        Ok((self.open(socket, to, reach).await?, noted))
+    }
+
+    fn make(&self, to: SocketAddr, source: IpAddr, reach: Reach, early_port: bool) -> Result<Socket, Error> {
         let failed = |cause| Error::Failed { to, cause };
         let source = self.source(to, source).map_err(failed)?;
-        let options = socket::Connect {
-            source,
-            mark: self.mark,
-            transparent: source.is_some_and(|source| !source.is_loopback()),
-        };
+        let transparent = source.is_some_and(|source| !source.is_loopback());
+        let options = socket::Connect { source, mark: self.mark, transparent, early_port };
         // It stays in the namespace that it is made in; connecting needs no more visit.
         let socket = self.inside(|| socket::stream(to, &options)).and_then(|made| made).map_err(failed)?;
         // Before the handshake: a peer that goes away in it is noticed as well.
         self.tune(&SockRef::from(&socket), reach);
+        Ok(socket)
+    }
+
+    async fn open(&self, socket: Socket, to: SocketAddr, reach: Reach) -> Result<TcpStream, Error> {
+        let failed = |cause| Error::Failed { to, cause };
         let stream = match begin(&socket, to, reach).map_err(failed)? {
             Begun::Connected => return TcpStream::from_std(socket.into()).map_err(failed),
             Begun::Waiting => TcpStream::from_std(socket.into()).map_err(failed)?,

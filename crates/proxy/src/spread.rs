@@ -15,7 +15,7 @@ use smallvec::SmallVec;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-use crate::accept::Accepted;
+use crate::accept::{Accepted, Complaint};
 use crate::inbound;
 use crate::pod::Pod;
 
@@ -32,6 +32,17 @@ pub(crate) struct Spread {
 struct All {
     load: Mutex<Load>,
     workers: Vec<mpsc::Sender<Handed>>,
+    complaint: Complaint,
+}
+
+impl All {
+    /// The kernel could not be told to watch a connection for the other worker, for want of memory or by its limit of what is watched:
+    /// it is closed.
+    fn lost(&self, source: SocketAddr, error: &std::io::Error) {
+        if self.complaint.is_due() {
+            tracing::warn!(%source, %error, "a tunnel was lost on its way to another worker: its peer has to connect again");
+        }
+    }
 }
 
 /// How many tunnels of each peer each worker has. Peers do not count for each other: what one does is no reason to put others together.
@@ -43,8 +54,9 @@ struct Load(HashMap<IpAddr, SmallVec<[u32; 8]>>);
 #[derive(Debug, Default)]
 pub struct Begun(Mutex<HashMap<Ends, usize>>);
 
-/// Where a tunnel comes from and where it goes.
-type Ends = (SocketAddr, SocketAddr);
+/// The port that a tunnel comes from, and where it goes. Two pods may be at the same port; what is told of one is then told of the
+/// other, which is no harm.
+type Ends = (u16, SocketAddr);
 
 /// A tunnel of which its other end may ask; forgotten when this is dropped.
 pub(crate) struct Beginning<'a> {
@@ -89,7 +101,7 @@ impl Spread {
     /// For each of the workers.
     pub(crate) fn over(workers: usize) -> Vec<Self> {
         let (senders, receivers): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(WAITING)).unzip();
-        let all = Arc::new(All { load: Mutex::default(), workers: senders });
+        let all = Arc::new(All { load: Mutex::default(), workers: senders, complaint: Complaint::default() });
         receivers.into_iter().enumerate().map(|(own, handed)| Self { own, all: all.clone(), handed }).collect()
     }
 
@@ -108,7 +120,7 @@ impl Spread {
             let Some(Handed { socket, source, seat }) = handed else { return };
             match TcpStream::from_std(socket) {
                 Ok(socket) => pod.connections().spawn(serve(pod.clone(), Accepted { socket, source }, seat)),
-                Err(error) => lost(source, &error),
+                Err(error) => self.all.lost(source, &error),
             }
         }
     }
@@ -132,7 +144,7 @@ impl Placed {
     /// Serves it here, or has another worker serve it.
     pub(crate) async fn serve(self) {
         let Self { pod, accepted, all, own } = self;
-        let begun = accepted.local().ok().and_then(|local| pod.shared().begun.worker(&(accepted.source, local)));
+        let begun = accepted.local().ok().and_then(|local| pod.shared().begun.worker(&(accepted.source.port(), local)));
         let seat = Seat::take(&all, own, accepted.source.ip(), begun);
         let place = all.workers.get(seat.worker).filter(|_| seat.worker != own).map(mpsc::Sender::try_reserve);
         let place = match place {
@@ -144,14 +156,9 @@ impl Placed {
         let Accepted { socket, source } = accepted;
         match socket.into_std() {
             Ok(socket) => place.send(Handed { socket, source, seat }),
-            Err(error) => lost(source, &error),
+            Err(error) => all.lost(source, &error),
         }
     }
-}
-
-/// The kernel could not be told to watch it for the other worker, for want of memory or by its limit of what is watched: it is closed.
-fn lost(source: SocketAddr, error: &std::io::Error) {
-    tracing::warn!(%source, %error, "a tunnel was lost on its way to another worker: its peer has to connect again");
 }
 
 async fn serve(pod: Pod, accepted: Accepted, seat: Seat) {
@@ -232,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_tunnel_is_known_by_both_ends_until_its_handshake_is_over() {
-        let (from, to) = (SocketAddr::from(([10, 0, 0, 1], 40000)), SocketAddr::from(([10, 0, 0, 2], 15008)));
+        let (from, to) = (40000, SocketAddr::from(([10, 0, 0, 2], 15008)));
         let begun = Begun::default();
         let beginning = begun.note((from, to), 1);
         assert_eq!(begun.worker(&(from, to)), Some(1));

@@ -174,10 +174,14 @@ impl Tunnels {
     /// Makes a tunnel to a peer that proves to be the right one.
     async fn make(self, key: Key, credentials: Arc<Credentials>) -> Result<Connected, Failure> {
         let shared = &self.0.shared;
-        let socket = self.0.sockets.connect(key.destination, key.source_address, key.reach).await?;
-        let from = if key.reach == Reach::Host { socket.local_addr().ok() } else { None };
-        let ends = from.map(|from| (canonical(from), canonical(key.destination)));
-        let beginning = ends.map(|ends| shared.begun.note(ends, self.0.worker));
+        let (sockets, to, from) = (&self.0.sockets, key.destination, key.source_address);
+        let (socket, beginning) = if key.reach == Reach::Host {
+            // Before it connects: the other end may accept it before this one hears of that.
+            let note = |port| shared.begun.note((port, canonical(to)), self.0.worker);
+            sockets.connect_noted(to, from, key.reach, note).await?
+        } else {
+            (sockets.connect(to, from, key.reach).await?, None)
+        };
         let Begun { tunnel, driver, until, peer } = over(shared, socket, &credentials, &key.expected).await?;
         drop(beginning);
         let proved = self.prove(&key, &credentials, &peer);

@@ -4,7 +4,7 @@
 //! (see [`crate::netns`]). Nothing here blocks: sockets come back non-blocking and unconnected.
 
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd as _};
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -87,6 +87,9 @@ pub struct Connect {
     pub mark: Option<u32>,
     /// Whether `source` may be an address that is not this host's own.
     pub transparent: bool,
+    /// Whether it has a port of its own before it connects. Otherwise the kernel chooses one with the destination, so that it may be one
+    /// that connections to others have.
+    pub early_port: bool,
 }
 
 /// Makes a non-blocking socket that the caller connects to `to`.
@@ -95,22 +98,30 @@ pub fn stream(to: SocketAddr, options: &Connect) -> io::Result<Socket> {
     if let Some(mark) = options.mark {
         set_mark(&socket, mark)?;
     }
-    if let Some(source) = options.source {
-        bind_source(&socket, source, to, options.transparent)?;
+    match options.source {
+        Some(source) => bind_source(&socket, source, to, options)?,
+        None if options.early_port => socket.bind(&SocketAddr::new(unspecified(to), 0).into())?,
+        None => {}
     }
     Ok(socket)
 }
 
-fn bind_source(socket: &Socket, source: IpAddr, to: SocketAddr, transparent: bool) -> io::Result<()> {
+fn unspecified(like: SocketAddr) -> IpAddr {
+    if like.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
+}
+
+fn bind_source(socket: &Socket, source: IpAddr, to: SocketAddr, options: &Connect) -> io::Result<()> {
     if source.is_ipv6() != to.is_ipv6() {
         let message = format!("cannot connect to {to} from {source}: they are not of the same address family");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    if transparent {
+    if options.transparent {
         // Which lets it be bound to addresses that no interface has, too.
         set_transparent(socket, source.is_ipv6())?;
     }
-    set_bind_address_no_port(socket)?;
+    if !options.early_port {
+        set_bind_address_no_port(socket)?;
+    }
     socket.bind(&SocketAddr::new(source, 0).into())
 }
 

@@ -50,7 +50,7 @@ fn proxy(pod: &Pod, port: u16) -> TcpListener {
 }
 
 fn marked(netns: &Netns, to: SocketAddr, source: Option<IpAddr>) -> TcpStream {
-    let options = Connect { source, mark: Some(MARK), transparent: source.is_some() };
+    let options = Connect { source, mark: Some(MARK), transparent: source.is_some(), early_port: false };
     let socket = netns.run(|| socket::stream(to, &options)).unwrap().unwrap();
     socket.connect_timeout(&to.into(), DEADLINE).unwrap();
     socket.set_nonblocking(false).unwrap();

@@ -43,7 +43,7 @@ fn a_dual_stack_listener_takes_both_families_and_an_ipv6_one_does_not() {
 #[test]
 fn a_stream_is_marked_and_bound_without_a_port() {
     let source = Ipv4Addr::new(127, 0, 0, 9);
-    let options = Connect { source: Some(source.into()), mark: Some(0x539), transparent: false };
+    let options = Connect { source: Some(source.into()), mark: Some(0x539), ..Connect::default() };
     let stream = socket::stream((Ipv4Addr::LOCALHOST, 1).into(), &options).unwrap();
     assert_eq!(stream.mark().unwrap(), 0x539);
     assert!(stream.nonblocking().unwrap());
@@ -57,11 +57,25 @@ fn a_foreign_source_address_needs_a_transparent_socket() {
         (IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from([192, 0, 2, 7])),
         (Ipv6Addr::LOCALHOST.into(), "2001:db8::7".parse().unwrap()),
     ] {
-        let options = Connect { source: Some(source), mark: None, transparent: false };
+        let options = Connect { source: Some(source), ..Connect::default() };
         let plain = socket::stream((to, 1).into(), &options).unwrap_err();
         assert_eq!(plain.kind(), ErrorKind::AddrNotAvailable);
         let stream = socket::stream((to, 1).into(), &Connect { transparent: true, ..options }).unwrap();
         assert_eq!(stream.local_addr().unwrap().as_socket().unwrap().ip(), source);
+    }
+}
+
+#[test]
+fn port_is_known_before_it_connects_where_that_is_asked_for() {
+    for to in ["127.0.0.1:1", "[::1]:1"].map(|to| to.parse::<SocketAddr>().unwrap()) {
+        for source in [None, Some(to.ip())] {
+            for early_port in [true, false] {
+                let options = Connect { source, early_port, ..Connect::default() };
+                let local = socket::stream(to, &options).unwrap().local_addr().unwrap().as_socket().unwrap();
+                assert_eq!(local.port() != 0, early_port, "{options:?}");
+                assert_eq!(local.ip().is_unspecified(), source.is_none(), "{options:?}");
+            }
+        }
     }
 }
 
