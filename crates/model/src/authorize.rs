@@ -35,6 +35,8 @@ pub struct Verdict {
     pub decision: Decision,
     /// The policies in dry run that match, with what they would have meant.
     pub dry_run: Vec<(NamespacedName, Action)>,
+    /// How many policies were asked.
+    pub asked: usize,
 }
 
 /// What is enforced.
@@ -98,16 +100,18 @@ impl fmt::Display for Decision {
 
 /// Asks the policies of a snapshot about a connection.
 pub fn authorize(snapshot: &Snapshot, connection: &Connection<'_>) -> Verdict {
-    judge(snapshot.policies_for(connection.destination), connection)
+    judge(|| snapshot.policies_for(connection.destination), connection)
 }
 
-fn judge<'a>(policies: impl Iterator<Item = Applying<'a>>, connection: &Connection<'_>) -> Verdict {
+fn judge<'a, I: Iterator<Item = Applying<'a>>>(policies: impl Fn() -> I, connection: &Connection<'_>) -> Verdict {
     let view = View::of(connection);
     let mut dry_run = Vec::new();
     let mut denied = None;
-    let mut allow_policies = smallvec::SmallVec::<[_; 4]>::new();
+    let mut must_be_allowed = false;
     let mut allowed = None;
-    for applying in policies {
+    let mut asked = 0;
+    for applying in policies() {
+        asked += 1;
         let policy = match applying {
             Applying::Known(policy) => policy,
             Applying::Missing(name) => {
@@ -137,18 +141,26 @@ fn judge<'a>(policies: impl Iterator<Item = Applying<'a>>, connection: &Connecti
                 if matches && allowed.is_none() {
                     allowed = Some(policy.key());
                 }
-                allow_policies.push(policy);
+                must_be_allowed = true;
             }
         }
     }
     let decision = match (denied, allowed) {
         (Some(denied), _) => Decision::Denied(denied),
-        (None, None) if !allow_policies.is_empty() => {
-            Decision::Denied(Denied::NotAllowed(allow_policies.into_iter().map(|policy| policy.key()).collect()))
+        (None, None) if must_be_allowed => {
+            Decision::Denied(Denied::NotAllowed(policies().filter_map(allowing).collect()))
         }
         (None, by) => Decision::Allowed { by },
     };
-    Verdict { decision, dry_run }
+    Verdict { decision, dry_run, asked }
+}
+
+/// Its name, if it is an allow policy that is enforced.
+fn allowing(applying: Applying<'_>) -> Option<NamespacedName> {
+    match applying {
+        Applying::Known(policy) => (policy.action == Action::Allow && !policy.dry_run).then(|| policy.key()),
+        Applying::Missing(_) => None,
+    }
 }
 
 /// The policies that apply to a workload, as one snapshot has them: what live connections were last asked by.
@@ -215,8 +227,8 @@ impl PolicySet {
 
     /// Asks all of them.
     pub fn authorize(&self, connection: &Connection<'_>) -> Verdict {
-        let known = self.known.iter().map(Applying::Known);
-        judge(known.chain(self.missing.iter().map(Applying::Missing)), connection)
+        let known = || self.known.iter().map(Applying::Known);
+        judge(|| known().chain(self.missing.iter().map(Applying::Missing)), connection)
     }
 }
 

@@ -155,6 +155,11 @@ impl SpiffeId {
         &self.uri
     }
 
+    /// The same, shared with the id.
+    pub fn text(&self) -> &Str {
+        &self.uri
+    }
+
     /// The id without `spiffe://`: the form in which policies name principals.
     pub fn principal(&self) -> &str {
         &self.uri[SCHEME.len()..]

@@ -1,7 +1,8 @@
 //! Workloads: whatever has an address and, mostly, an identity.
 
+use std::fmt;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use smallvec::SmallVec;
 
@@ -65,11 +66,48 @@ pub struct Workload {
     pub authorization_policies: Arc<[NamespacedName]>,
     /// Extensions, carried and not understood.
     pub extensions: Arc<[Extension]>,
+    /// What [`Workload::identity`] has found.
+    pub id: FoundIdentity,
+}
+
+/// The identity that follows from a workload's names, once somebody has asked for it: every connection does. It says nothing about
+/// a workload, so that all are equal, and a clone has none, since its names may be changed.
+#[derive(Default)]
+pub struct FoundIdentity(OnceLock<Option<SpiffeId>>);
+
+impl Clone for FoundIdentity {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl PartialEq for FoundIdentity {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for FoundIdentity {}
+
+impl fmt::Debug for FoundIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("_")
+    }
 }
 
 impl Workload {
-    /// The identity that it should prove; none without a service account.
+    /// The identity that it should prove; none without a service account. The names that it follows from must not be changed after
+    /// the first call: change a clone's.
     pub fn identity(&self) -> Option<SpiffeId> {
+        self.id.0.get_or_init(|| self.find_identity()).clone()
+    }
+
+    /// Whether it should prove this identity.
+    pub fn is(&self, id: &SpiffeId) -> bool {
+        self.id.0.get_or_init(|| self.find_identity()).as_ref() == Some(id)
+    }
+
+    fn find_identity(&self) -> Option<SpiffeId> {
         let template = self.id_template.as_ref().filter(|template| *template.trust_domain() == self.trust_domain);
         match template {
             Some(_) if self.service_account.is_empty() => None,
@@ -119,6 +157,7 @@ impl Default for Workload {
             services: Arc::default(),
             authorization_policies: Arc::default(),
             extensions: Arc::default(),
+            id: FoundIdentity::default(),
         }
     }
 }

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use zspire_identity::{Priority, Source, Watch, WorkloadKey};
+use zspire_model::workload::FoundIdentity;
 use zspire_model::{Applied, Change, IdTemplate, Reader, Store, Str, Workload};
 use zspire_proxy::{Known, Local};
 
@@ -150,7 +151,9 @@ impl Mesh {
 
     fn with_ids(&self, mut change: Change) -> Change {
         if let (Some(ids), Change::PutWorkload(workload)) = (&self.0.ids, &mut change) {
-            Arc::make_mut(workload).id_template = Some(ids.clone());
+            let workload = Arc::make_mut(workload);
+            workload.id_template = Some(ids.clone());
+            workload.id = FoundIdentity::default();
         }
         change
     }

@@ -51,7 +51,8 @@ pub(crate) fn authorize(
     source: SocketAddr,
     here: IpAddr,
 ) -> Result<Authorized, Failure> {
-    let (verdict, version) = pod.mesh(|snapshot| (question.ask(snapshot, &local.workload), snapshot.version()));
+    let ask = |snapshot: &Snapshot| (pod.verdicts().ask(snapshot, &local.workload, &question), snapshot.version());
+    let (verdict, version) = pod.mesh(ask);
     let info = pod.shared().config.policy_info_logging;
     macro_rules! say {
         ($($what:tt)*) => {
@@ -152,7 +153,7 @@ pub(crate) fn source_workload(
     peer: Option<&SpiffeId>,
 ) -> Option<Arc<Workload>> {
     let found = snapshot.workload_at(&local.network, address)?;
-    let same = peer.is_none_or(|peer| found.identity().as_ref() == Some(peer));
+    let same = peer.is_none_or(|peer| found.is(peer));
     same.then(|| found.clone())
 }
 

@@ -246,7 +246,7 @@ impl Tunnel {
             Known::Waiting => return Err(("unknown_workload", "discovery no longer knows the workload".into())),
             Known::Refused(why) => return Err(("wrong_namespace", why.to_string())),
         };
-        if local.workload.identity().as_ref() != Some(&self.proof.own) {
+        if !local.workload.is(&self.proof.own) {
             return Err((
                 "identity",
                 format!("the tunnel was opened to {}, whom the workload is no longer", self.proof.own),

@@ -33,6 +33,7 @@ mod socks5;
 mod spread;
 mod tasks;
 mod tunnels;
+mod verdicts;
 mod watch;
 pub mod workers;
 

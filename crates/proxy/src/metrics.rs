@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
+use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -89,7 +90,7 @@ pub struct Ends {
 }
 
 /// One label set.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Labels {
     reporter: Reporter,
     source: Side,
@@ -99,8 +100,15 @@ struct Labels {
     flag: Flag,
 }
 
+/// By what tells label sets apart nearly always: a series is looked up for each connection.
+impl Hash for Labels {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (&self.source, &self.destination, &self.service[0], self.flag).hash(state);
+    }
+}
+
 /// The labels of one workload. Empty texts are shown as `unknown`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 struct Side {
     workload: Str,
     canonical_service: Str,
@@ -112,10 +120,17 @@ struct Side {
     zone: Str,
 }
 
+/// As for [`Labels`].
+impl Hash for Side {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (&self.workload, &self.namespace, &self.principal).hash(state);
+    }
+}
+
 impl Side {
     fn new(workload: Option<&Workload>, identity: Option<&SpiffeId>) -> Self {
         let mut side =
-            Self { principal: identity.map_or_else(Str::default, |id| id.as_str().into()), ..Self::default() };
+            Self { principal: identity.map_or_else(Str::default, |id| id.text().clone()), ..Self::default() };
         if let Some(w) = workload {
             side.workload = w.workload_name.clone();
             side.canonical_service = w.canonical_name.clone();

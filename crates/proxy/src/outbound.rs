@@ -156,7 +156,8 @@ impl Wanted {
         let place = pod.live().enter_opened(own);
         // And what had become of it while discovery or a resolver was asked.
         let known = pod.known();
-        if known.here().map(|now| now.workload.identity()) != Some(routed.local.workload.identity()) {
+        let same = |now: &Arc<Local>| now.workload.identity() == routed.local.workload.identity();
+        if !known.here().is_some_and(same) {
             let why = "the pod is no longer the workload that the connection was routed for";
             return Err(Failure::new(Flag::IdentityError, why));
         }
@@ -493,7 +494,7 @@ pub(crate) fn outcome(end: End, place: &Place) -> Result<(), Failure> {
 
 /// What is said of a workload to the other end.
 pub(crate) fn baggage(workload: &Workload) -> Baggage {
-    let text = |text: &Str| (!text.is_empty()).then(|| (**text).into());
+    let text = |text: &Str| (!text.is_empty()).then(|| text.clone());
     Baggage {
         cluster: text(&workload.cluster_id),
         namespace: text(&workload.namespace),

@@ -24,6 +24,7 @@ use crate::metrics::Flag;
 use crate::proxy::Shared;
 use crate::tasks::Tasks;
 use crate::tunnels::Tunnels;
+use crate::verdicts::Verdicts;
 use crate::watch::{self, Newest, Seen};
 
 /// A pod to serve.
@@ -85,6 +86,7 @@ struct Inner {
     sockets: Sockets,
     tunnels: Tunnels,
     live: Rc<Registry>,
+    verdicts: Verdicts,
     newest: Newest,
     seen: RefCell<Seen>,
     connections: Tasks,
@@ -114,6 +116,7 @@ impl Pod {
             sockets,
             tunnels,
             live,
+            verdicts: Verdicts::default(),
             newest,
             seen: RefCell::default(),
             connections: Tasks::default(),
@@ -143,6 +146,11 @@ impl Pod {
 
     pub(crate) fn live(&self) -> &Rc<Registry> {
         &self.0.live
+    }
+
+    /// What policies have said.
+    pub(crate) fn verdicts(&self) -> &Verdicts {
+        &self.0.verdicts
     }
 
     /// The newest certificates of peers, of all workers.

@@ -1,6 +1,7 @@
 //! `baggage`: the source workload, as OpenTelemetry resource attributes.
 
 use std::fmt;
+use std::sync::Arc;
 
 use super::{Malformed, is_plain};
 
@@ -8,21 +9,21 @@ use super::{Malformed, is_plain};
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Baggage {
     /// `k8s.cluster.name`
-    pub cluster: Option<Box<str>>,
+    pub cluster: Option<Arc<str>>,
     /// `k8s.namespace.name`
-    pub namespace: Option<Box<str>>,
+    pub namespace: Option<Arc<str>>,
     /// The kind of the workload, in `k8s.<kind>.name`: `deployment`, `cronjob`, `pod` or `job`.
     pub kind: Kind,
     /// `k8s.<kind>.name`
-    pub workload: Option<Box<str>>,
+    pub workload: Option<Arc<str>>,
     /// `service.name`
-    pub service: Option<Box<str>>,
+    pub service: Option<Arc<str>>,
     /// `service.version`
-    pub revision: Option<Box<str>>,
+    pub revision: Option<Arc<str>>,
     /// `cloud.region`
-    pub region: Option<Box<str>>,
+    pub region: Option<Arc<str>>,
     /// `cloud.availability_zone`
-    pub zone: Option<Box<str>>,
+    pub zone: Option<Arc<str>>,
 }
 
 /// Kinds of workloads that have an attribute.
@@ -79,7 +80,7 @@ impl Baggage {
         Ok(())
     }
 
-    fn slot(&mut self, key: &str) -> Option<&mut Option<Box<str>>> {
+    fn slot(&mut self, key: &str) -> Option<&mut Option<Arc<str>>> {
         match key {
             "k8s.cluster.name" => Some(&mut self.cluster),
             "k8s.namespace.name" => Some(&mut self.namespace),
@@ -99,7 +100,7 @@ impl Baggage {
 impl fmt::Display for Baggage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut separator = "";
-        let mut entry = |key: fmt::Arguments<'_>, value: &Option<Box<str>>| {
+        let mut entry = |key: fmt::Arguments<'_>, value: &Option<Arc<str>>| {
             let Some(value) = value else { return Ok(()) };
             write!(f, "{separator}{key}={value}")?;
             separator = ",";

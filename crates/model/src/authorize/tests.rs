@@ -460,3 +460,19 @@ fn a_name_that_was_unknown_before_is_no_news() {
     store.apply([crate::Change::from(late)]);
     assert!(!of(&["gone", "late"]).misses_more_than(&gone), "it is known by now");
 }
+
+/// A connection that is allowed costs no allocation where a few policies apply; a walk through many needs one for its path.
+#[test]
+fn allowing_allocates_nothing() {
+    let principals = |list: &[&str]| list.iter().map(|it| StringMatch::Exact((*it).into())).collect();
+    let cart = Match { principals: principals(&["cluster.local/ns/shop/sa/cart"]), ..Match::default() };
+    let others = (0..6).map(|n| allow(&format!("not-{n}"), false));
+    let foes = (0..6).map(|n| deny(&format!("foe-{n}"), false));
+    let policies = others.chain(foes).chain([policy("cart", Action::Allow, cart)]);
+    let (mesh, server) = (policies.fold(Mesh::default(), Mesh::and).snapshot(), server());
+    let peer = CLIENT.parse().unwrap();
+    let mut verdict = None;
+    let count = allocation_counter::measure(|| verdict = Some(authorize(&mesh, &connection(&server, Some(&peer)))));
+    assert_eq!(verdict.unwrap().decision, Decision::Allowed { by: Some(policy_key("cart")) });
+    assert_eq!(count.count_total, 0);
+}

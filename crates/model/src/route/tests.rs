@@ -360,3 +360,41 @@ fn networks_do_not_mix() {
         - it does not take HBONE: plain TCP"#]],
     );
 }
+
+/// Choosing an endpoint costs no allocation, once somebody has asked for its identity.
+#[test]
+fn choosing_allocates_nothing() {
+    let preferences = vec![Scope::Network, Scope::Region, Scope::Zone, Scope::Subzone, Scope::Node, Scope::Cluster];
+    let near = |mut it: Service| {
+        it.load_balancer = LoadBalancer { mode: Mode::Failover, preferences, ..LoadBalancer::default() };
+        it
+    };
+    let mesh = small().and(near(service("near", "10.1.0.2")));
+    let mesh = (3..200).fold(mesh, |mesh, n| mesh.and(pod(&format!("p{n}"), &format!("10.2.0.{n}")).of("near")));
+    let (snapshot, source, settings) = (mesh.snapshot(), client(), Settings::default());
+    let mut rng = SmallRng::seed_from_u64(1);
+    for (to, path) in [
+        ("10.1.0.1:80", "Hbone"),
+        ("10.1.0.2:80", "Hbone"),
+        ("10.0.0.2:80", "Hbone"),
+        ("10.0.0.3:80", "Tcp"),
+        ("192.0.2.1:80", "Tcp"),
+    ] {
+        let request = RouteRequest {
+            source: &source,
+            source_address: source.addresses[0],
+            destination: destination(to),
+            excluded: &[],
+            settings: &settings,
+        };
+        // Every endpoint has been drawn before.
+        let mut go = || route(&snapshot, &request, &mut rng);
+        for _ in 0..5_000 {
+            go();
+        }
+        let mut gone = None;
+        let count = allocation_counter::measure(|| gone = Some(go()));
+        assert!(format!("{:?}", gone.unwrap().decision.unwrap().path).starts_with(path), "{to}");
+        assert_eq!(count.count_total, 0, "{to}");
+    }
+}

@@ -28,7 +28,8 @@ pub struct Endpoints {
     groups: HashMap<Values, Group>,
 }
 
-type Values = SmallVec<[Str; 3]>;
+/// In place for as many scopes as there are kinds of.
+type Values = SmallVec<[Str; 6]>;
 
 impl Endpoints {
     /// How many workloads name the service.

@@ -34,6 +34,7 @@ pub(super) fn workload(shared: &mut Interner, from: wire::Workload) -> Result<Wo
     };
     Ok(Workload {
         id_template: None,
+        id: Default::default(),
         // Of its own: nothing but the name of this workload is equal to it.
         uid: from.uid.into(),
         name: from.name.as_str().into(),

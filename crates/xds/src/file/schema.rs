@@ -93,6 +93,7 @@ impl WorkloadEntry<'_> {
         let locality = self.locality.build(shared);
         Ok(Workload {
             id_template: None,
+            id: Default::default(),
             uid: (&*self.uid).into(),
             name: (&*self.name).into(),
             namespace: shared.text(&self.namespace),

@@ -105,6 +105,7 @@ fn workload() -> impl Strategy<Value = Workload> {
     let rest = (proptest::collection::hash_set(address(), 0..3), any::<u32>(), any::<bool>());
     (names, places, enums, links, rest).prop_map(|(names, places, enums, links, rest)| Workload {
         id_template: None,
+        id: Default::default(),
         uid: names.0,
         name: names.1,
         namespace: names.2,
