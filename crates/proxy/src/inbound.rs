@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
-use zspire_hbone::{Ended, Handler, Incoming, Malformed, ResponseHead, StatusCode, Stream, Target};
+use zspire_hbone::{Handler, Incoming, Malformed, ResponseHead, StatusCode, Stream, Target};
 use zspire_identity::tls;
 use zspire_model::SpiffeId;
 use zspire_model::inbound::{self, Inbound, InboundRequest};
@@ -23,7 +23,7 @@ use crate::live::{Proof, Proved, Question};
 use crate::metrics::{Flag, Reporter};
 use crate::outbound::baggage;
 use crate::pod::{Known, Local, Pod};
-use crate::tunnels::{Chain, REVOKED, instant};
+use crate::tunnels::{Chain, REVOKED, instant, tell_end};
 
 /// Serves one connection to the HBONE port.
 pub(crate) async fn serve(pod: Pod, accepted: Accepted) {
@@ -130,7 +130,7 @@ impl Authenticated {
     /// longer trusted.
     async fn serve(self, pod: &Pod) {
         let Self { stream, tunnel, proved, until } = self;
-        let (source, peer) = (tunnel.source, tunnel.peer.clone());
+        let source = tunnel.source;
         let handler = Streams { pod: pod.clone(), tunnel: Rc::new(tunnel) };
         let drain = async {
             tokio::select! {
@@ -140,14 +140,7 @@ impl Authenticated {
             }
         };
         let ended = zspire_hbone::serve(stream, &pod.shared().config.tunnel, &handler, drain).await;
-        let error = Chain(&ended);
-        match (&ended, pod.shared().metrics.tunnel_ended(Reporter::Destination, &ended)) {
-            (_, Some(reason)) => {
-                tracing::warn!(%source, %peer, reason, %error, "tunnel ended by an offence of the peer")
-            }
-            (Ended::Closed, None) => tracing::debug!(%source, %peer, "tunnel closed"),
-            (_, None) => tracing::debug!(%source, %peer, %error, "tunnel ended"),
-        }
+        tell_end(&pod.shared().metrics, proved.proof(), source, &ended);
     }
 }
 

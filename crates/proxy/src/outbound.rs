@@ -416,13 +416,12 @@ impl Routed {
         let expected: ExpectedPeers = inner.expected.iter().cloned().collect();
         let begun = tunnels::over(pod.shared(), outer.into_io(), credentials, &expected).await?;
         // Where the peer is, nobody here knows: only the way to it.
-        let address = self.connect.ip();
-        let proved = pod.live().prove(Reporter::Source, credentials.id().clone(), begun.peer, address);
+        let to = self.connect;
+        let proved = pod.live().prove(Reporter::Source, credentials.id().clone(), begun.peer, to.ip());
         let (proof, driver, metrics) = (proved.proof().clone(), begun.driver, pod.shared().metrics.clone());
         pod.connections().spawn(async move {
             let ended = driver.await;
-            metrics.tunnel_ended(Reporter::Source, &ended);
-            drop(proved);
+            tunnels::tell_end(&metrics, proved.proof(), to, &ended);
         });
         let network = Some(self.local.workload.network.clone()).filter(|network| !network.is_empty());
         let request = self.request(wanted, inner, network);

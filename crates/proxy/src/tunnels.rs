@@ -15,7 +15,7 @@ use zspire_model::SpiffeId;
 use crate::connect::{Reach, Sockets, canonical};
 use crate::flow::Failure;
 use crate::live::{Proof, Proved, Registry};
-use crate::metrics::{Flag, Reporter};
+use crate::metrics::{Flag, Metrics, Reporter};
 use crate::proxy::Shared;
 use crate::watch::Newest;
 
@@ -194,15 +194,9 @@ impl Tunnels {
         let tunnels = Rc::downgrade(&self.0);
         let driver = Box::pin(async move {
             let ended = driver.await;
-            drop(proved);
             let Some(tunnels) = tunnels.upgrade() else { return };
             tunnels.made.borrow_mut().remove(&id);
-            let (peer, error) = (key.destination, Chain(&ended));
-            match (&ended, tunnels.shared.metrics.tunnel_ended(Reporter::Source, &ended)) {
-                (_, Some(reason)) => tracing::warn!(%peer, reason, %error, "tunnel ended by an offence of the peer"),
-                (Ended::Closed, None) => tracing::debug!(%peer, "tunnel closed"),
-                (_, None) => tracing::debug!(%peer, %error, "tunnel ended"),
-            }
+            tell_end(&tunnels.shared.metrics, proved.proof(), key.destination, &ended);
         });
         Ok(Connected { tunnel, driver, until: Some(until) })
     }
@@ -265,6 +259,16 @@ where
         .await
         .map_err(|ended| Failure::new(Flag::H2HandshakeFailure, Chain(&ended)).on_this_way())?;
     Ok(Begun { tunnel, driver, until, peer })
+}
+
+/// Tells how a tunnel ended whose other end was at `address`.
+pub(crate) fn tell_end(metrics: &Metrics, proof: &Proof, address: SocketAddr, ended: &Ended) {
+    let (peer, error) = (&proof.peer.borrow().id, Chain(ended));
+    match (ended, metrics.tunnel_ended(proof.reporter, ended)) {
+        (_, Some(reason)) => tracing::warn!(%peer, %address, reason, %error, "tunnel ended by an offence of the peer"),
+        (Ended::Closed, None) => tracing::debug!(%peer, %address, "tunnel closed"),
+        (_, None) => tracing::debug!(%peer, %address, %error, "tunnel ended"),
+    }
 }
 
 /// What the check is called that a revoked certificate fails.
