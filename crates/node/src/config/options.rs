@@ -201,6 +201,19 @@ impl std::fmt::Debug for Values {
     }
 }
 
+/// Names of our own that do not exist. Names of others may be for others.
+pub(super) fn misspelt(v: &Values) -> Vec<String> {
+    let known = |name: &str| TABLE.iter().any(|g| g.variables.iter().any(|o| o.name == name));
+    // The control plane and the build have variables of their own.
+    let elsewhere = ["ZSPIRE_CP_", "ZSPIRE_CACHE"];
+    v.environment
+        .keys()
+        .filter(|name| name.starts_with("ZSPIRE_") && !elsewhere.iter().any(|e| name.starts_with(e)))
+        .filter(|name| !known(name))
+        .map(|name| format!("{name} is set, but there is no such variable"))
+        .collect()
+}
+
 /// The reference page, `docs/configuration.md`.
 pub fn reference() -> String {
     let mut page = String::from(

@@ -1,4 +1,4 @@
-//! How single values are written: flags, numbers, durations, worker counts.
+//! How single values are written: texts, flags, numbers, ports, durations, worker counts.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -8,6 +8,10 @@ use super::options::{self as opt, Values, Variable};
 
 pub(super) fn error(variable: &Variable, value: &str, reason: &str) -> Error {
     Error::Value { variable: variable.name, value: value.to_owned(), reason: reason.to_owned() }
+}
+
+pub(super) fn text(v: &Values, variable: &Variable, default: &str) -> String {
+    v.get(variable).unwrap_or(default).to_owned()
 }
 
 pub(super) fn parsed<T: FromStr>(v: &Values, variable: &Variable, expected: &str) -> Result<Option<T>, Error> {
@@ -25,6 +29,10 @@ pub(super) fn flag(v: &Values, variable: &Variable, default: bool) -> Result<boo
         Some("false" | "0") => Ok(false),
         Some(other) => Err(error(variable, other, "expected true or false")),
     }
+}
+
+pub(super) fn port(v: &Values, variable: &Variable, default: u16) -> Result<u16, Error> {
+    Ok(parsed(v, variable, "a port, 0 to 65535")?.unwrap_or(default))
 }
 
 pub(super) fn duration(v: &Values, variable: &Variable, default: Duration) -> Result<Duration, Error> {
