@@ -3,8 +3,10 @@
 //! Agents tell applications apart by the path of their program: in a user namespace of one user there is nothing else. Knows
 //! SPIRE's commands and configuration; what is started when is the plot's.
 
+use std::ffi::OsString;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -20,7 +22,8 @@ const PORT: u16 = 8081;
 /// SPIRE's programs, and where its files are.
 #[derive(Debug, Clone)]
 pub(super) struct Spire {
-    programs: PathBuf,
+    spire_server: PathBuf,
+    spire_agent: PathBuf,
     folder: PathBuf,
     address: SocketAddr,
 }
@@ -28,20 +31,17 @@ pub(super) struct Spire {
 impl Spire {
     /// Finds the programs on the PATH.
     pub(super) fn find(folder: &Path, address: IpAddr) -> anyhow::Result<Self> {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let complete =
-            |folder: &PathBuf| ["spire-server", "spire-agent"].iter().all(|name| folder.join(name).is_file());
-        let programs = std::env::split_paths(&path).find(complete).with_context(|| {
-            format!(
+        let (Some(spire_server), Some(spire_agent)) = (located("spire-server")?, located("spire-agent")?) else {
+            anyhow::bail!(
                 "spire-server and spire-agent {VERSION} are not on the PATH; \
                  `make demo ARGS=\"--identity spire\"` builds them first, once"
             )
-        })?;
-        Ok(Self { programs, folder: folder.into(), address: SocketAddr::new(address, PORT) })
+        };
+        Ok(Self { spire_server, spire_agent, folder: folder.into(), address: SocketAddr::new(address, PORT) })
     }
 
-    fn program(&self, name: &str) -> Command {
-        let mut command = Command::new(self.programs.join(name));
+    fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir(&self.folder);
         command
     }
@@ -68,14 +68,14 @@ plugins {{
 "#
         );
         fs::write(own.join("server.conf"), text)?;
-        let mut command = self.program("spire-server");
+        let mut command = self.command(&self.spire_server);
         command.arg("run").arg("-config").arg(own.join("server.conf"));
         Ok(command)
     }
 
     /// What the server answers to a command of its own.
     pub(super) fn ask(&self, arguments: &[&str]) -> anyhow::Result<String> {
-        let mut command = self.program("spire-server");
+        let mut command = self.command(&self.spire_server);
         command.args(arguments).arg("-socketPath").arg(self.folder.join("spire-server/api.sock"));
         let output = command.output().context("cannot run spire-server")?;
         let said = String::from_utf8_lossy(&[output.stderr, output.stdout.clone()].concat()).trim().to_owned();
@@ -126,7 +126,7 @@ plugins {{
 "#
         );
         fs::write(own.join("agent.conf"), text)?;
-        let mut command = self.program("spire-agent");
+        let mut command = self.command(&self.spire_agent);
         command.arg("run").arg("-config").arg(own.join("agent.conf")).args(["-joinToken", token.trim()]);
         Ok(command)
     }
@@ -155,6 +155,14 @@ plugins {{
         fs::create_dir_all(&own).with_context(|| format!("cannot make {}", own.display()))?;
         Ok(own)
     }
+}
+
+/// Where a program is that a shell finds by its name. The name alone would not do: SPIRE runs without the PATH of who runs the demo,
+/// and without whatever else of the environment would change what it does.
+fn located(name: &str) -> anyhow::Result<Option<PathBuf>> {
+    let found =
+        Command::new("/bin/sh").args(["-c", "command -v \"$0\"", name]).output().context("cannot run /bin/sh")?;
+    Ok(found.status.success().then(|| OsString::from_vec(found.stdout.trim_ascii_end().to_vec()).into()))
 }
 
 /// The ID that entries of a node hang off.
