@@ -43,29 +43,46 @@ fn foreign_server() -> Mesh {
         .start()
 }
 
-/// Envoy at the client's end of a tunnel, for the server's application.
-fn envoy_as_client(mesh: &Mesh) -> Envoy {
+/// Envoy at the client's end of a tunnel, and the way through it.
+fn envoy_as_client(mesh: &Mesh) -> (Envoy, Way<'static>) {
     let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
     let certificate = mesh.certificate("envoy", &client.spiffe_id());
     let listener = envoy::opens_tunnels("outbound", Some(TAKES), server.app());
-    Envoy::start(mesh, &client, &[listener], &[envoy::tunnel(&certificate, &server)])
+    let envoy = Envoy::start(mesh, &client, &[listener], &[envoy::tunnel(&certificate, &server)]);
+    (envoy, Way::new(&server, move || client.open(([127, 0, 0, 1], TAKES).into())))
 }
 
-/// Envoy at the server's end, which leads everything to the application; its listener may be another.
-fn envoy_as_server(mesh: &Mesh, change: impl FnOnce(Value) -> Value) -> Envoy {
+/// Envoy at the server's end, which leads everything to the application, and the way through it; its listener may be another.
+fn envoy_as_server(mesh: &Mesh, change: impl FnOnce(Value) -> Value) -> (Envoy, Way<'static>) {
+    let way = Way::from_captured(mesh);
     let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
     let certificate = mesh.certificate("envoy", &server.spiffe_id());
     let listener = change(envoy::takes_tunnels(&certificate, &client.spiffe_id(), "application"));
-    Envoy::start(mesh, &server, &[listener], &[envoy::leads_to("application", server.app())])
+    let leads = envoy::leads_to("application", server.app());
+    (Envoy::start(mesh, &server, &[listener], &[leads]), way)
 }
 
 /// A way to open connections, and the application where they arrive.
 struct Way<'a> {
-    open: &'a dyn Fn() -> TcpStream,
+    open: Box<dyn Fn() -> TcpStream + 'a>,
     app: Listener,
 }
 
-impl Way<'_> {
+impl<'a> Way<'a> {
+    /// To the server's application, which listens from now on.
+    #[track_caller]
+    fn new(server: &Pod, open: impl Fn() -> TcpStream + 'a) -> Self {
+        Self { open: Box::new(open), app: server.listen() }
+    }
+
+    /// From a client that the mesh captures.
+    #[track_caller]
+    fn from_captured(mesh: &Mesh) -> Self {
+        let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
+        let to = server.app();
+        Self::new(&server, move || client.open(to))
+    }
+
     /// The two ends of a connection that works.
     #[track_caller]
     fn connection(&self) -> (TcpStream, TcpStream) {
@@ -141,9 +158,7 @@ fn envoy_opens_tunnels_and_everything_arrives() {
     scenario(|| {
         let mesh = foreign_client();
         let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
-        let envoy = envoy_as_client(&mesh);
-        let open = || client.open(([127, 0, 0, 1], TAKES).into());
-        let way = Way { open: &open, app: server.listen() };
+        let (envoy, way) = envoy_as_client(&mesh);
         way.carries(transfer::end);
         way.carries_many_at_once(FRAME * 16);
         way.half_closes();
@@ -166,10 +181,7 @@ fn envoy_takes_tunnels_and_everything_arrives() {
     scenario(|| {
         let mesh = foreign_server();
         let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
-        let app = server.listen();
-        let envoy = envoy_as_server(&mesh, |listener| listener);
-        let open = || client.open(server.app());
-        let way = Way { open: &open, app };
+        let (envoy, way) = envoy_as_server(&mesh, |listener| listener);
         way.carries(transfer::end);
         way.carries_many_at_once(FRAME * 16);
         let (asking, served) = way.connection();
@@ -198,11 +210,7 @@ fn envoy_takes_few_streams_in_a_tunnel_and_sends_it_away() {
     for (at_once, in_all, tunnels) in [(8, 1000, MANY as u64 / 8), (100, 8, MANY as u64 / 8)] {
         scenario(|| {
             let mesh = foreign_server();
-            let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
-            let app = server.listen();
-            let envoy = envoy_as_server(&mesh, |listener| envoy::with_limits(listener, at_once, in_all));
-            let open = || client.open(server.app());
-            let way = Way { open: &open, app };
+            let (envoy, way) = envoy_as_server(&mesh, |listener| envoy::with_limits(listener, at_once, in_all));
             // All of them live on, also in the tunnels that take no more.
             way.carries_many_at_once(FRAME);
             assert_eq!(envoy.count("http.hbone.downstream_cx_total"), tunnels);
@@ -235,10 +243,8 @@ fn refusals_by_envoy_and_of_envoy_are_told() {
 fn envoy_is_told_that_a_proxy_stops_and_that_a_connection_is_cut() {
     scenario(|| {
         let mesh = foreign_client();
-        let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
-        let envoy = envoy_as_client(&mesh);
-        let open = || client.open(([127, 0, 0, 1], TAKES).into());
-        let way = Way { open: &open, app: server.listen() };
+        let server = mesh.pod("server");
+        let (envoy, way) = envoy_as_client(&mesh);
         let (_asking, served) = way.connection();
         mesh.edit(|plan| plan.add_policy(deny_from("client")));
         assert_eq!(ending(&served), Ending::Reset);
@@ -282,8 +288,7 @@ fn nghttp2_opens_tunnels_and_everything_arrives() {
         let mesh = foreign_client();
         let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
         let nghttpx = Nghttpx::client(&mesh, &client, &server, &["--padding=256"]);
-        let open = || nghttpx.open(server.app());
-        let way = Way { open: &open, app: server.listen() };
+        let way = Way::new(&server, || nghttpx.open(server.app()));
         way.carries(server_ends);
         way.carries_many_at_once(FRAME * 16);
         let (asking, served) = way.connection();
@@ -304,10 +309,8 @@ fn nghttp2_takes_tunnels_and_everything_arrives() {
     scenario(|| {
         let mesh = foreign_server();
         let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
-        let app = server.listen();
+        let way = Way::from_captured(&mesh);
         let _running = nghttpx::server(&mesh, &server, &["--padding=256"]);
-        let open = || client.open(server.app());
-        let way = Way { open: &open, app };
         way.carries(server_ends);
         way.carries_many_at_once(FRAME * 16);
         let line = client.access("outbound", |line| line["error"].is_null());
@@ -351,8 +354,7 @@ fn ordinary_requests_harm_nothing() {
         let mesh = foreign_client();
         let [client, server] = ["client", "server"].map(|name| mesh.pod(name));
         let nghttpx = Nghttpx::client(&mesh, &client, &server, &[]);
-        let open = || nghttpx.open(server.app());
-        let way = Way { open: &open, app: server.listen() };
+        let way = Way::new(&server, || nghttpx.open(server.app()));
         let (asking, served) = way.connection();
         // In the tunnel that the connection is in.
         assert_eq!(nghttpx.ask(&ordinary("GET", "")).unwrap().1, 400);
