@@ -1,116 +1,28 @@
-//! The connections of a pod on one worker that may have to be cut, what each rests on, and what was proved for the tunnels
-//! under them. [`crate::watch`] says when something of that is no longer so.
+//! The connections of a pod on one worker that may have to be cut, and what each rests on. What was proved for the tunnels under
+//! them is in [`proof`], what is asked of policies and why connections are cut in [`verdict`]. [`crate::watch`] says when something
+//! of that is no longer so.
+
+mod proof;
+mod verdict;
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::poll_fn;
-use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
-use std::time::SystemTime;
 
 use slab::Slab;
 use smallvec::SmallVec;
 use tokio::sync::Notify;
-use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
-use zspire_identity::Peer;
-use zspire_model::authorize::{self, Connection, Decision, Difference, PolicySet, Recheck};
-use zspire_model::{NamespacedName, Snapshot, SpiffeId, Workload};
+use zspire_model::authorize::{Decision, Difference, PolicySet, Recheck};
+use zspire_model::{NamespacedName, SpiffeId, Workload};
+
+pub(crate) use proof::{Proof, Proved};
+pub(crate) use verdict::{Question, Reason, Verdict};
 
 use crate::flow::Failure;
 use crate::metrics::{Flag, Metrics, Reporter};
-
-/// What a policy was asked about a connection, to ask again.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Question {
-    pub(crate) destination: SocketAddr,
-    pub(crate) peer: Option<SpiffeId>,
-    pub(crate) peer_address: IpAddr,
-}
-
-impl Question {
-    /// Asks the policies of a snapshot.
-    pub(crate) fn ask(&self, snapshot: &Snapshot, workload: &Workload) -> authorize::Verdict {
-        authorize::authorize(snapshot, &self.about(workload))
-    }
-
-    pub(crate) fn about<'a>(&'a self, workload: &'a Workload) -> Connection<'a> {
-        Connection {
-            destination: workload,
-            destination_address: self.destination,
-            peer: self.peer.as_ref(),
-            peer_address: self.peer_address,
-        }
-    }
-}
-
-/// Why connections are cut, as metrics name it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reason {
-    /// A policy denies it now.
-    Policy,
-    /// The pod has another identity now.
-    Identity,
-    /// Discovery does not know the pod any more.
-    WorkloadGone,
-    /// The pod must not be served as that workload any more.
-    Refused,
-    /// The source of identities took the pod's credentials away.
-    CredentialsRevoked,
-    /// The pod's own certificate has expired.
-    CredentialsExpired,
-    /// The peer's certificate is revoked.
-    PeerRevoked,
-    /// The peer's certificate has expired, and it has shown no newer one.
-    PeerExpired,
-    /// The peer's certificate is no longer trusted for another reason.
-    PeerUntrusted,
-    /// The proxy stops.
-    Shutdown,
-}
-
-impl Reason {
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Self::Policy => "policy",
-            Self::Identity => "identity_changed",
-            Self::WorkloadGone => "workload_gone",
-            Self::Refused => "wrong_namespace",
-            Self::CredentialsRevoked => "credentials_revoked",
-            Self::CredentialsExpired => "credentials_expired",
-            Self::PeerRevoked => "peer_revoked",
-            Self::PeerExpired => "peer_expired",
-            Self::PeerUntrusted => "peer_untrusted",
-            Self::Shutdown => "shutdown",
-        }
-    }
-
-    fn flag(self) -> Flag {
-        match self {
-            Self::Policy => Flag::Deny,
-            Self::Identity | Self::WorkloadGone | Self::Refused => Flag::IdentityError,
-            Self::CredentialsRevoked | Self::CredentialsExpired => Flag::IdentityError,
-            Self::PeerExpired | Self::PeerUntrusted => Flag::TlsFailure,
-            Self::PeerRevoked => Flag::CertRevoked,
-            Self::Shutdown => Flag::None,
-        }
-    }
-}
-
-/// An end that is imposed on a connection.
-#[derive(Debug, Clone)]
-pub(crate) struct Verdict {
-    pub(crate) reason: Reason,
-    pub(crate) failure: Failure,
-}
-
-impl Verdict {
-    pub(crate) fn new(reason: Reason, why: impl fmt::Display) -> Self {
-        Self { reason, failure: Failure::new(reason.flag(), format_args!("connection closed: {why}")) }
-    }
-}
 
 /// Live connections and tunnels.
 pub(crate) struct Registry {
@@ -291,109 +203,6 @@ impl Registry {
             waker.wake();
         }
     }
-
-    /// Enters a tunnel whose ends have proved who they are.
-    pub(crate) fn prove(self: &Rc<Self>, reporter: Reporter, own: SpiffeId, peer: Peer, address: IpAddr) -> Proved {
-        let first = self.proofs.borrow().iter().all(|(_, proof)| proof.peer.borrow().not_after > peer.not_after);
-        let proof = Rc::new(Proof {
-            reporter,
-            own,
-            address,
-            peer: RefCell::new(peer),
-            users: Cell::new(0),
-            doubted: Cell::default(),
-            withdrawn: RefCell::default(),
-            told: CancellationToken::new(),
-        });
-        let key = self.proofs.borrow_mut().insert(proof.clone());
-        if first {
-            self.sooner.notify_one();
-        }
-        Proved { registry: self.clone(), proof, key }
-    }
-
-    /// The tunnels that there are.
-    pub(crate) fn proofs(&self) -> Vec<Rc<Proof>> {
-        let proofs = self.proofs.borrow();
-        proofs.iter().filter(|(_, proof)| proof.withdrawn.borrow().is_none()).map(|(_, proof)| proof.clone()).collect()
-    }
-
-    /// Something has to be done sooner than was thought.
-    pub(crate) fn look_again(&self) {
-        self.sooner.notify_one();
-    }
-
-    /// Completes when a tunnel's certificate ends sooner than all before. Safe to cancel.
-    pub(crate) async fn sooner(&self) {
-        self.sooner.notified().await;
-    }
-}
-
-/// What the ends of a tunnel have proved to each other.
-#[derive(Debug)]
-pub(crate) struct Proof {
-    pub(crate) reporter: Reporter,
-    /// The pod's identity then.
-    pub(crate) own: SpiffeId,
-    /// Where the peer is.
-    pub(crate) address: IpAddr,
-    /// The peer; a newer certificate of it takes the place of one that expires.
-    pub(crate) peer: RefCell<Peer>,
-    users: Cell<usize>,
-    /// Since when nobody who is trusted vouches for the peer any more, while it may still show another certificate.
-    pub(crate) doubted: Cell<Option<Instant>>,
-    withdrawn: RefCell<Option<Verdict>>,
-    told: CancellationToken,
-}
-
-impl Proof {
-    /// Whether connections rest on it.
-    pub(crate) fn is_used(&self) -> bool {
-        self.users.get() > 0
-    }
-
-    /// Until when the peer's certificate is valid.
-    pub(crate) fn not_after(&self) -> SystemTime {
-        self.peer.borrow().not_after
-    }
-
-    /// Why it is not valid any more, if so.
-    pub(crate) fn withdrawn(&self) -> Option<Verdict> {
-        self.withdrawn.borrow().clone()
-    }
-
-    /// Completes when it is not valid any more. Safe to cancel.
-    pub(crate) async fn is_withdrawn(&self) {
-        self.told.cancelled().await;
-    }
-
-    fn withdraw(&self, verdict: Verdict) {
-        self.withdrawn.borrow_mut().get_or_insert(verdict);
-        self.told.cancel();
-    }
-}
-
-/// A tunnel in the registry; it leaves when this is dropped.
-pub(crate) struct Proved {
-    registry: Rc<Registry>,
-    proof: Rc<Proof>,
-    key: usize,
-}
-
-impl Proved {
-    pub(crate) fn proof(&self) -> &Rc<Proof> {
-        &self.proof
-    }
-}
-
-impl Drop for Proved {
-    fn drop(&mut self) {
-        let mut proofs = self.registry.proofs.borrow_mut();
-        proofs.try_remove(self.key);
-        if proofs.is_empty() {
-            proofs.shrink_to_fit();
-        }
-    }
 }
 
 impl Place {
@@ -458,6 +267,9 @@ impl fmt::Debug for Registry {
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
+    use zspire_identity::Peer;
     use zspire_model::policy::{Action, Match, Scope};
     use zspire_model::{Change, Policy, Store, StringMatch};
 

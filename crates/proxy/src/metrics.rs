@@ -2,201 +2,24 @@
 //!
 //! A label set is some twenty texts, so it is looked up once a connection, not once a counter: a [`Series`] holds all
 //! counters of one label set, and a connection keeps hold of it. Series of workloads that are gone can be dropped.
+//!
+//! What a label set is made of is in [`labels`], under which names the numbers are shown in [`page`].
+
+mod labels;
+mod page;
 
 use std::collections::HashMap;
-use std::fmt::{self, Write as _};
-use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, LabelSetEncoder};
-use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::Registry;
 use zspire_hbone::Ended;
-use zspire_model::{Service, SpiffeId, Str, Workload};
+use zspire_model::{Str, Workload};
 
-/// Which end of a connection reports it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Reporter {
-    /// The client's proxy.
-    Source,
-    /// The server's proxy.
-    Destination,
-}
-
-impl Reporter {
-    /// As in the `reporter` label.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Source => "source",
-            Self::Destination => "destination",
-        }
-    }
-}
-
-/// Why a connection ended otherwise than by itself: the `response_flags` label.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Flag {
-    /// Nothing to report.
-    None,
-    /// Refused by policy.
-    Deny,
-    /// The destination could not be connected.
-    Connect,
-    /// The TLS handshake failed.
-    TlsFailure,
-    /// HTTP/2 could not be set up.
-    H2HandshakeFailure,
-    /// No answer from the peer's HBONE port: probably a network policy.
-    NetworkPolicy,
-    /// No certificate.
-    IdentityError,
-    /// The peer's certificate is revoked.
-    CertRevoked,
-}
-
-impl Flag {
-    /// As in the `response_flags` label.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::None => "-",
-            Self::Deny => "DENY",
-            Self::Connect => "CONNECT",
-            Self::TlsFailure => "TLS_FAILURE",
-            Self::H2HandshakeFailure => "H2_HANDSHAKE_FAILURE",
-            Self::NetworkPolicy => "NETWORK_POLICY",
-            Self::IdentityError => "IDENTITY_ERROR",
-            Self::CertRevoked => "CERT_REVOKED",
-        }
-    }
-}
-
-/// Who took part in a connection, as far as it is known.
-#[derive(Debug, Clone)]
-pub struct Ends {
-    pub reporter: Reporter,
-    pub source: Option<Arc<Workload>>,
-    pub source_identity: Option<SpiffeId>,
-    pub destination: Option<Arc<Workload>>,
-    pub destination_identity: Option<SpiffeId>,
-    pub service: Option<Arc<Service>>,
-    /// Whether both ends are authenticated.
-    pub mutual_tls: bool,
-}
-
-/// One label set.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Labels {
-    reporter: Reporter,
-    source: Side,
-    destination: Side,
-    service: [Str; 3],
-    mutual_tls: bool,
-    flag: Flag,
-}
-
-/// By what tells label sets apart nearly always: a series is looked up for each connection.
-impl Hash for Labels {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        (&self.source, &self.destination, &self.service[0], self.flag).hash(state);
-    }
-}
-
-/// The labels of one workload. Empty texts are shown as `unknown`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-struct Side {
-    workload: Str,
-    canonical_service: Str,
-    canonical_revision: Str,
-    namespace: Str,
-    principal: Str,
-    cluster: Str,
-    region: Str,
-    zone: Str,
-}
-
-/// As for [`Labels`].
-impl Hash for Side {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        (&self.workload, &self.namespace, &self.principal).hash(state);
-    }
-}
-
-impl Side {
-    fn new(workload: Option<&Workload>, identity: Option<&SpiffeId>) -> Self {
-        let mut side =
-            Self { principal: identity.map_or_else(Str::default, |id| id.text().clone()), ..Self::default() };
-        if let Some(w) = workload {
-            side.workload = w.workload_name.clone();
-            side.canonical_service = w.canonical_name.clone();
-            side.canonical_revision = w.canonical_revision.clone();
-            side.namespace = w.namespace.clone();
-            side.cluster = w.cluster_id.clone();
-            side.region = w.locality.region.clone();
-            side.zone = w.locality.zone.clone();
-        }
-        side
-    }
-}
-
-impl Labels {
-    fn new(ends: &Ends, flag: Flag) -> Self {
-        let service = match &ends.service {
-            Some(s) => [s.hostname.clone(), s.namespace.clone(), s.name.clone()],
-            None => Default::default(),
-        };
-        Self {
-            reporter: ends.reporter,
-            source: Side::new(ends.source.as_deref(), ends.source_identity.as_ref()),
-            destination: Side::new(ends.destination.as_deref(), ends.destination_identity.as_ref()),
-            service,
-            mutual_tls: ends.mutual_tls,
-            flag,
-        }
-    }
-}
-
-impl EncodeLabelSet for Labels {
-    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
-        let (s, d) = (&self.source, &self.destination);
-        let policy = if self.mutual_tls { "mutual_tls" } else { "unknown" };
-        let all: [(&str, &str); 27] = [
-            ("reporter", self.reporter.as_str()),
-            ("source_workload", &s.workload),
-            ("source_canonical_service", &s.canonical_service),
-            ("source_canonical_revision", &s.canonical_revision),
-            ("source_workload_namespace", &s.namespace),
-            ("source_principal", &s.principal),
-            ("source_app", &s.canonical_service),
-            ("source_version", &s.canonical_revision),
-            ("source_cluster", &s.cluster),
-            ("destination_service", &self.service[0]),
-            ("destination_service_namespace", &self.service[1]),
-            ("destination_service_name", &self.service[2]),
-            ("destination_workload", &d.workload),
-            ("destination_canonical_service", &d.canonical_service),
-            ("destination_canonical_revision", &d.canonical_revision),
-            ("destination_workload_namespace", &d.namespace),
-            ("destination_principal", &d.principal),
-            ("destination_app", &d.canonical_service),
-            ("destination_version", &d.canonical_revision),
-            ("destination_cluster", &d.cluster),
-            ("request_protocol", "tcp"),
-            ("response_flags", self.flag.as_str()),
-            ("connection_security_policy", policy),
-            ("source_region", &s.region),
-            ("source_zone", &s.zone),
-            ("destination_region", &d.region),
-            ("destination_zone", &d.zone),
-        ];
-        encode_labels(encoder, &all)
-    }
-}
+pub use labels::{Ends, Flag, Reporter};
+use labels::{Labels, Side};
 
 /// The counters of one label set.
 #[derive(Debug, Default)]
@@ -287,46 +110,8 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Registers upstream's metrics, in a registry with the prefix `istio`.
-    pub fn register_upstream(&self, istio: &mut Registry) {
-        istio.register_collector(Box::new(self.clone()));
-        self.0.dns.register(istio);
-    }
-
     pub(crate) fn dns(&self) -> &crate::dns::metrics::Metrics {
         &self.0.dns
-    }
-
-    /// Registers what upstream lacks, in a registry with the prefix `zspire`.
-    pub fn register_own(&self, zspire: &mut Registry) {
-        zspire.register("tls_handshake_seconds", "Time of TLS handshakes between proxies", self.0.handshakes.clone());
-        zspire.register(
-            "tls_handshake_failures",
-            "TLS handshakes between proxies that failed, by the check that failed",
-            self.0.handshake_failures.clone(),
-        );
-        zspire.register(
-            "early_denials",
-            "Connections refused before anything was known of their destination",
-            self.0.early_denials.clone(),
-        );
-        zspire.register(
-            "connections_cut",
-            "Live connections that the proxy ended because something they rested on was no longer so",
-            self.0.cuts.clone(),
-        );
-        zspire.register(
-            "upstream_retries",
-            "Connections that were tried on another endpoint, by the response flag of the one that failed",
-            self.0.retries.clone(),
-        );
-        zspire.register(
-            "tunnel_offences",
-            "Tunnels that were ended because the peer flooded them, broke HTTP/2 or did not begin it in time, by what it did",
-            self.0.offences.clone(),
-        );
-        zspire.register("tunnel_waits", "Connections that waited for a tunnel to be made", self.0.tunnel_waits.clone());
-        zspire.register_collector(Box::new(Tunnels(self.clone())));
     }
 
     /// The series for a connection between these ends that ends (or has begun) so.
@@ -436,41 +221,6 @@ impl Metrics {
 /// Pairs of a workload and a hostname that are counted.
 const LOOKUPS: usize = 10_000;
 
-/// The labels of a lookup.
-struct LookupLabels<'a>(&'a Side, &'a str);
-
-impl EncodeLabelSet for LookupLabels<'_> {
-    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
-        let s = self.0;
-        let all: [(&str, &str); 11] = [
-            ("source_workload", &s.workload),
-            ("source_canonical_service", &s.canonical_service),
-            ("source_canonical_revision", &s.canonical_revision),
-            ("source_workload_namespace", &s.namespace),
-            ("source_principal", &s.principal),
-            ("source_app", &s.canonical_service),
-            ("source_version", &s.canonical_revision),
-            ("source_cluster", &s.cluster),
-            ("source_region", &s.region),
-            ("source_zone", &s.zone),
-            ("hostname", self.1),
-        ];
-        encode_labels(encoder, &all)
-    }
-}
-
-fn encode_labels(encoder: &mut LabelSetEncoder<'_>, all: &[(&str, &str)]) -> fmt::Result {
-    for (name, value) in all {
-        let mut label = encoder.encode_label();
-        let mut key = label.encode_label_key()?;
-        key.write_str(name)?;
-        let mut text = key.encode_label_value()?;
-        text.write_str(if value.is_empty() { "unknown" } else { value })?;
-        text.finish()?;
-    }
-    Ok(())
-}
-
 /// A captured socket that is open. See [`Metrics::socket`].
 #[derive(Debug)]
 pub struct OpenSocket {
@@ -494,96 +244,10 @@ impl Drop for Waiting {
     }
 }
 
-/// Name, help, and how a series shows it: `None` where it has nothing to say.
-type TcpMetric = (&'static str, &'static str, fn(&Series) -> Option<u64>);
-
-const TCP: [TcpMetric; 5] = [
-    ("tcp_connections_opened", "The total number of TCP connections opened", |s| some(&s.opened)),
-    ("tcp_connections_closed", "The total number of TCP connections closed", |s| some(&s.closed)),
-    ("tcp_received_bytes", "The size of total bytes received during request in case of a TCP connection", |s| {
-        some(&s.bytes_reported).map(|_| s.received.load(Relaxed))
-    }),
-    ("tcp_sent_bytes", "The size of total bytes sent during response in case of a TCP connection", |s| {
-        some(&s.bytes_reported).map(|_| s.sent.load(Relaxed))
-    }),
-    ("tcp_connections_failed", "The total number of TCP connections that failed to be established", |s| {
-        some(&s.failed)
-    }),
-];
-
-fn some(counter: &AtomicU64) -> Option<u64> {
-    Some(counter.load(Relaxed)).filter(|n| *n > 0)
-}
-
-impl Collector for Metrics {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        // Not under the lock: a slow reader of the page must not stop connections.
-        let series: Vec<(Labels, Arc<Series>)> =
-            self.lock().iter().map(|(labels, series)| (labels.clone(), Arc::clone(series))).collect();
-        for (name, help, value) in TCP {
-            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-            for (labels, series) in &series {
-                if let Some(value) = value(series) {
-                    ConstCounter::new(value).encode(metric.encode_family(labels)?)?;
-                }
-            }
-        }
-        let mut sockets = encoder.encode_descriptor(
-            "tcp_sockets_open",
-            "The current number of open TCP sockets",
-            None,
-            MetricType::Gauge,
-        )?;
-        for reporter in [Reporter::Source, Reporter::Destination] {
-            let open = self.0.sockets[reporter as usize].load(Relaxed);
-            ConstGauge::new(open).encode(sockets.encode_family(&[("reporter", reporter.as_str())])?)?;
-        }
-        let rejections = "The total number of connections refused or ended because a certificate was revoked";
-        let revoked = |reporter: Reporter| self.0.revoked[reporter as usize].load(Relaxed);
-        by_reporter(&mut encoder, "crl_policy_rejections", rejections, revoked)?;
-        // Every live tunnel keeps what its peer was verified by, so that there are none.
-        let untracked = "The total number of connections whose certificates cannot be checked again";
-        by_reporter(&mut encoder, "crl_untracked_connections", untracked, |_| 0)?;
-        let help = "The total number of requests that used on-demand DNS";
-        let lookups = self.lookups().clone();
-        let mut metric = encoder.encode_descriptor("on_demand_dns", help, None, MetricType::Counter)?;
-        for ((source, hostname), (count, _)) in &lookups {
-            ConstCounter::new(*count).encode(metric.encode_family(&LookupLabels(source, hostname))?)?;
-        }
-        Ok(())
-    }
-}
-
-fn by_reporter(
-    encoder: &mut DescriptorEncoder<'_>,
-    name: &str,
-    help: &str,
-    value: impl Fn(Reporter) -> u64,
-) -> fmt::Result {
-    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-    for reporter in [Reporter::Source, Reporter::Destination] {
-        let counter = ConstCounter::new(value(reporter));
-        counter.encode(metric.encode_family(&[("reporter", reporter.as_str())])?)?;
-    }
-    Ok(())
-}
-
-/// How many tunnels are pooled, and how many connections wait for one.
-#[derive(Debug)]
-struct Tunnels(Metrics);
-
-impl Collector for Tunnels {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let gauge = ConstGauge::new(self.0.0.tunnels.load(Relaxed));
-        gauge.encode(encoder.encode_descriptor("tunnels", "Tunnels in the pools", None, MetricType::Gauge)?)?;
-        let gauge = ConstGauge::new(self.0.0.tunnels_awaited.load(Relaxed));
-        let help = "Connections that wait for a tunnel now";
-        gauge.encode(encoder.encode_descriptor("tunnels_awaited", help, None, MetricType::Gauge)?)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use prometheus_client::registry::Registry;
+
     use super::*;
 
     fn ends() -> Ends {
