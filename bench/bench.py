@@ -32,65 +32,16 @@ import fairness
 import policies
 import profiling
 import report
-from lab import APP, BULK, CLIENT, ROOT, SERVER, ZSPIRE, Network, Process, get, inside, sh, wait_for
-
-
-def zspire_env(run, side, mesh):
-    return {
-        "PROXY_MODE": "dedicated", "PROXY_WORKLOAD_INFO": f"default/{side}/{side}", "NODE_NAME": side,
-        "LOCAL_XDS_PATH": str(mesh), "FAKE_CA": "true", "PACKET_MARK": "1337", "XDG_RUNTIME_DIR": str(run),
-        "ZTUNNEL_WORKER_THREADS": "2", "IPV6_ENABLED": "false", "ZSPIRE_STATE_DIR": str(run / side),
-        "MALLOC_CONF": "",
-    }
-
-
-def mesh_file(path, nodes=("client", "server"), protocol="HBONE"):
-    """Two workloads and a policy; where they speak plain TCP nobody has an identity that a policy could ask for, and there is none."""
-    policies = f"""
-policies:
-- {{action: Allow, name: allow-client, namespace: default, scope: Namespace, dryRun: false,
-   rules: [[[{{principals: [!Exact cluster.local/ns/default/sa/client]}}]]]}}
-"""
-    path.write_text(f"""
-workloads:
-- {{uid: bench/client, name: client, namespace: default, serviceAccount: client, workloadIps: ["{CLIENT}"],
-   protocol: {protocol}, trustDomain: cluster.local, node: {nodes[0]}, network: ""}}
-- {{uid: bench/server, name: server, namespace: default, serviceAccount: server, workloadIps: ["{SERVER}"],
-   protocol: {protocol}, trustDomain: cluster.local, node: {nodes[1]}, network: ""}}
-{policies if protocol == "HBONE" else ""}""")
-    return path
-
-
-def start_zspire(run, side, mesh, **more):
-    log = run / f"zspire-{side}.log"
-    process = Process(side, [ZSPIRE, "proxy"], {**zspire_env(run, side, mesh), **more}, log)
-    wait_for(f"zspire {side}", lambda: get(side, 15021, "/healthz/ready") is not None, log=log)
-    return process
+from lab import (
+    APP, BULK, CLIENT, ROOT, SERVER, ZSPIRE, Network, Process, get, inside, listening, mesh_file, own_names, sh, start_nginx,
+    start_zspire, wait_for, zspire_env,
+)
 
 
 def start_apps(run):
-    (run / "nginx").mkdir()
-    (run / "nginx/16k").write_text("y" * 16384)
-    body = "x" * 64
-    (run / "nginx.conf").write_text(f"""
-daemon off; master_process off; user root root; error_log stderr crit; pid {run}/nginx/pid;
-events {{ worker_connections 18000; }}
-http {{
-  access_log off; keepalive_requests 100000000; keepalive_timeout 3600s;
-  client_body_temp_path {run}/nginx/b; proxy_temp_path {run}/nginx/p; fastcgi_temp_path {run}/nginx/f;
-  uwsgi_temp_path {run}/nginx/u; scgi_temp_path {run}/nginx/s;
-  server {{ listen {APP} backlog=4096; location / {{ return 200 "{body}"; }}
-    location = /16k {{ root {run}/nginx; }} }}
-}}""")
-    nginx = Process("server", ["nginx", "-c", run / "nginx.conf", "-p", run / "nginx"], log=run / "nginx.log")
+    nginx = start_nginx(run)
     iperf = Process("server", ["iperf3", "-s", "-B", SERVER, "-p", BULK])
-
-    def listening(port):
-        with_port = sh(*inside("server", "ss", "-Hltn", f"sport = :{port}"))
-        return bool(with_port.strip())
-
-    wait_for("nginx", lambda: listening(APP), log=run / "nginx.log")
-    wait_for("iperf3", lambda: listening(BULK))
+    wait_for("iperf3", lambda: listening("server", BULK))
     return [nginx, iperf]
 
 
@@ -177,21 +128,12 @@ class InPod:
             "INPOD_UDS": str(run / "zds.sock"), "ZSPIRE_AGENT_SOCKET": str(self.agent_socket),
             "ZSPIRE_AGENT_STATE_DIR": str(run / "agent"),
         }
-        self.agent = self.start([ZSPIRE, "node-agent"], env, run / "agent.log")
+        self.agent = Process(None, [ZSPIRE, "node-agent"], env, run / "agent.log")
         wait_for("the node agent", self.agent_socket.exists, log=run / "agent.log")
         proxy = {**zspire_env(run, "node", mesh), **env, "PROXY_MODE": "shared"}
         del proxy["PROXY_WORKLOAD_INFO"]
-        self.proxy = self.start([ZSPIRE, "proxy"], proxy, run / "inpod.log")
+        self.proxy = Process(None, [ZSPIRE, "proxy"], proxy, run / "inpod.log")
         self.processes = [self.proxy]
-
-    def start(self, command, env, log):
-        process = Process.__new__(Process)
-        process.popen = subprocess.Popen(
-            [str(part) for part in command], env={**os.environ, **env}, stdout=open(log, "wb"), stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        )
-        process.pid = process.popen.pid
-        return process
 
     def zspire(self, *arguments):
         sh(str(ZSPIRE), *arguments, "--agent", str(self.agent_socket), timeout=30)
@@ -403,6 +345,7 @@ def main():
     sh("ip", "link", "set", "lo", "up")
     processes, figures = [], {"idle": args.idle}
     try:
+        own_names()
         network = Network(args.congestion)
         mesh = mesh_file(run / "mesh.yaml")
         if "start" in only:

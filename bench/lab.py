@@ -1,4 +1,4 @@
-"""Where measurements are made: two namespaces, the programs in them, and how one is asked something."""
+"""Where measurements are made: pairs of namespaces, the programs in them, and how one is asked something."""
 
 import os
 import re
@@ -23,7 +23,8 @@ def sh(*command, check=True, **kw):
 
 
 def inside(namespace, *command):
-    return ["ip", "netns", "exec", namespace, *map(str, command)]
+    """The command in a namespace; none: in the one that the benchmark itself is in."""
+    return [*(("ip", "netns", "exec", namespace) if namespace else ()), *map(str, command)]
 
 
 def wait_for(what, ready, seconds=20, log=None):
@@ -34,6 +35,10 @@ def wait_for(what, ready, seconds=20, log=None):
         time.sleep(0.02)
     said = f"; it said:\n{Path(log).read_text()[-1500:]}" if log else ""
     raise SystemExit(f"bench: {what}: not ready after {seconds} s{said}")
+
+
+def listening(namespace, port):
+    return bool(sh(*inside(namespace, "ss", "-Hltn", f"sport = :{port}")).strip())
 
 
 def get(namespace, port, path):
@@ -74,15 +79,19 @@ class Process:
         self.popen.wait()
 
 
-class Network:
-    """The two namespaces, and which program's redirection rules are in force."""
+def own_names():
+    """Lets names of namespaces live on a file system of our own."""
+    Path("/run/netns").mkdir(parents=True, exist_ok=True)
+    sh("mount", "-t", "tmpfs", "tmpfs", "/run/netns")
 
-    def __init__(self, congestion=None):
+
+class Network:
+    """Two namespaces, and which program's redirection rules are in force in them."""
+
+    def __init__(self, congestion=None, client="client", server="server"):
         """`congestion`: the congestion control of every connection, applications' as well; none: this machine's default."""
-        # Names of namespaces live on a file system of our own.
-        Path("/run/netns").mkdir(parents=True, exist_ok=True)
-        sh("mount", "-t", "tmpfs", "tmpfs", "/run/netns")
-        for name in ("client", "server"):
+        self.client, self.server = client, server
+        for name in (client, server):
             sh("ip", "netns", "add", name)
             sh(*inside(name, "ip", "link", "set", "lo", "up"))
             settings = {
@@ -94,8 +103,8 @@ class Network:
             for key, value in settings.items():
                 path = "/proc/sys/" + key.replace(".", "/")
                 sh(*inside(name, "sh", "-c", f"echo '{value}' > {path} || true"))
-        sh("ip", "link", "add", "veth0", "netns", "client", "type", "veth", "peer", "name", "veth0", "netns", "server")
-        for name, address in (("client", CLIENT), ("server", SERVER)):
+        sh("ip", "link", "add", "veth0", "netns", client, "type", "veth", "peer", "name", "veth0", "netns", server)
+        for name, address in ((client, CLIENT), (server, SERVER)):
             sh(*inside(name, "ip", "addr", "add", f"{address}/24", "dev", "veth0"))
             sh(*inside(name, "ip", "link", "set", "veth0", "up"))
             sh(*inside(name, "ip", "rule", "add", "fwmark", "0x111/0xfff", "pref", "32764", "lookup", "100"))
@@ -103,7 +112,7 @@ class Network:
 
     def rules(self, outbound=None, inbound=None):
         """Redirects captured connections to these ports; none: no rules."""
-        for name in ("client", "server"):
+        for name in (self.client, self.server):
             script = "table inet bench {}\ndelete table inet bench\n"
             if outbound:
                 script += f"""
@@ -131,6 +140,62 @@ table inet bench {{
     ip daddr != 127.0.0.1 meta l4proto tcp meta mark & 0xfff != {MARK} redirect to :{outbound}
   }}
 }}"""
-            if outbound and not inbound and name == "server":
+            if outbound and not inbound and name == self.server:
                 script = "table inet bench {}\ndelete table inet bench\n"
             sh(*inside(name, "nft", "-f", "-"), input=script)
+
+    def remove(self):
+        for name in (self.client, self.server):
+            sh("ip", "netns", "del", name)
+
+
+def zspire_env(run, side, mesh):
+    return {
+        "PROXY_MODE": "dedicated", "PROXY_WORKLOAD_INFO": f"default/{side}/{side}", "NODE_NAME": side,
+        "LOCAL_XDS_PATH": str(mesh), "FAKE_CA": "true", "PACKET_MARK": "1337", "XDG_RUNTIME_DIR": str(run),
+        "ZTUNNEL_WORKER_THREADS": "2", "IPV6_ENABLED": "false", "ZSPIRE_STATE_DIR": str(run / side),
+        "MALLOC_CONF": "",
+    }
+
+
+def mesh_file(path, nodes=("client", "server"), protocol="HBONE"):
+    """Two workloads and a policy; where they speak plain TCP nobody has an identity that a policy could ask for, and there is none."""
+    policies = f"""
+policies:
+- {{action: Allow, name: allow-client, namespace: default, scope: Namespace, dryRun: false,
+   rules: [[[{{principals: [!Exact cluster.local/ns/default/sa/client]}}]]]}}
+"""
+    path.write_text(f"""
+workloads:
+- {{uid: bench/client, name: client, namespace: default, serviceAccount: client, workloadIps: ["{CLIENT}"],
+   protocol: {protocol}, trustDomain: cluster.local, node: {nodes[0]}, network: ""}}
+- {{uid: bench/server, name: server, namespace: default, serviceAccount: server, workloadIps: ["{SERVER}"],
+   protocol: {protocol}, trustDomain: cluster.local, node: {nodes[1]}, network: ""}}
+{policies if protocol == "HBONE" else ""}""")
+    return path
+
+
+def start_zspire(run, side, mesh, **more):
+    log = run / f"zspire-{side}.log"
+    process = Process(side, [ZSPIRE, "proxy"], {**zspire_env(run, side, mesh), **more}, log)
+    wait_for(f"zspire {side}", lambda: get(side, 15021, "/healthz/ready") is not None, log=log)
+    return process
+
+
+def start_nginx(run, namespace="server"):
+    (run / "nginx").mkdir()
+    (run / "nginx/16k").write_text("y" * 16384)
+    body = "x" * 64
+    (run / "nginx.conf").write_text(f"""
+daemon off; master_process off; user root root; error_log stderr crit; pid {run}/nginx/pid;
+events {{ worker_connections 18000; }}
+http {{
+  access_log off; keepalive_requests 100000000; keepalive_timeout 3600s;
+  client_body_temp_path {run}/nginx/b; proxy_temp_path {run}/nginx/p; fastcgi_temp_path {run}/nginx/f;
+  uwsgi_temp_path {run}/nginx/u; scgi_temp_path {run}/nginx/s;
+  server {{ listen {APP} backlog=4096; location / {{ return 200 "{body}"; }}
+    location = /16k {{ root {run}/nginx; }} }}
+}}""")
+    nginx = Process(namespace, ["nginx", "-c", run / "nginx.conf", "-p", run / "nginx"], log=run / "nginx.log")
+    wait_for("nginx", lambda: listening(namespace, APP), log=run / "nginx.log")
+    return nginx
