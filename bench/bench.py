@@ -7,7 +7,10 @@ proxies from /proc; it is the figure to trust.
 
     --rounds N    rounds of each measurement (3)
     --seconds N   length of each sample (3)
-    --only A,B    of: traffic, inpod, frames, plain, fairness, policies, services, push, memory, start, workloads, ca, spire
+    --only A,B    of: traffic, inpod, frames, plain, fairness, policies, services, push, memory, held, start, workloads, ca,
+                  spire
+    --idle N      idle connections of memory, beside Envoy (10,000)
+    --held N      idle connections of held, in one process for each side (100,000)
     --work TEXT   only the kinds of work of traffic, inpod, frames and plain that have this in their name
     --congestion NAME  congestion control of every connection (the default of this machine)
     --profile     nothing of that, but where the time goes in each kind of work
@@ -29,6 +32,7 @@ from pathlib import Path
 
 import envoy
 import fairness
+import idle
 import policies
 import profiling
 import report
@@ -223,34 +227,6 @@ def push(run, network, mesh, count=100_000):
     return {"quiet": max(lines[10:marker]), "pushed": max(lines[marker:])}
 
 
-def idle_connections(network, programs, count):
-    """KiB of both proxies: before, with `count` idle connections, and a minute after they closed."""
-    result = {}
-    for program, (outbound, inbound, processes) in programs.items():
-        if not processes:
-            continue
-        network.rules(outbound, inbound)
-        base = [p.memory()[0] for p in processes]
-        holder = Process("client", [sys.executable, Path(__file__).parent / "hold.py", SERVER, APP, count],
-                         log=f"/tmp/hold-{program}.log")
-        wait_for(f"{count} idle connections through {program}",
-                 lambda: "holding" in Path(f"/tmp/hold-{program}.log").read_text(), 120)
-        time.sleep(2)
-        held = [p.memory()[0] for p in processes]
-        holder.stop()
-        closed, end = held, time.monotonic() + 60
-        while time.monotonic() < end and sum(closed) > sum(base) * 1.3:
-            time.sleep(2)
-            closed = [p.memory()[0] for p in processes]
-        result[program] = {
-            "start": base, "held": held, "closed": closed,
-            "per_connection": [(h - b) / count for h, b in zip(held, base)],
-        }
-        report.progress(f"{count} idle connections  {program}")
-    network.rules()
-    return result
-
-
 def start_to_ready(run, mesh, times=5):
     """Milliseconds from exec to the first 200 of the readiness port."""
     taken = []
@@ -322,12 +298,13 @@ def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=int, default=3)
-    everything = "traffic,inpod,frames,plain,fairness,policies,services,push,memory,start,workloads,ca,spire"
+    everything = "traffic,inpod,frames,plain,fairness,policies,services,push,memory,held,start,workloads,ca,spire"
     options.add_argument("--only", default=everything)
     options.add_argument("--congestion")
     options.add_argument("--profile", action="store_true")
     options.add_argument("--work", default="")
-    options.add_argument("--idle", type=int, default=10_000, help="idle connections to hold")
+    options.add_argument("--idle", type=int, default=10_000, help="idle connections of memory")
+    options.add_argument("--held", type=int, default=100_000, help="idle connections of held")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
     only = {"profile"} if args.profile else set(args.only.split(","))
@@ -343,7 +320,7 @@ def main():
 
     run = Path(tempfile.mkdtemp(prefix="zspire-bench-"))
     sh("ip", "link", "set", "lo", "up")
-    processes, figures = [], {"idle": args.idle}
+    processes, figures = [], {}
     try:
         own_names()
         network = Network(args.congestion)
@@ -356,6 +333,8 @@ def main():
             figures["ca"] = certificates(run, args.seconds)
         if "spire" in only:
             figures["spire"] = subscriptions()
+        if "held" in only:
+            figures["held"] = idle.in_one_process(run, mesh, args.congestion, args.held)
         if only & {"services", "policies"}:
             apps = start_apps(run)
             if "services" in only:
@@ -380,7 +359,7 @@ def main():
                 network.rules()
                 return
             if "memory" in only:
-                figures["memory"] = idle_connections(network, programs, args.idle)
+                figures["memory"] = idle.beside_envoy(run, network, programs, args.idle)
             if "traffic" in only:
                 figures["traffic"] = traffic(network, programs, args.rounds, args.seconds, work)
             if "fairness" in only:

@@ -9,6 +9,7 @@ import time
 GUARDRAILS = [
     ("ready after start, ms", 50), ("100,000 workloads ready, s", 0.8), ("100,000 workloads peak, MiB", 143),
     ("longest request while 100,000 workloads arrive, more by ms", 15), ("KiB a connection, each side", 3),
+    ("100,000 idle connections in one process, MB", 400),
     ("first SVID of 10,000 at once from a fake agent, p99 ms", 500), ("KiB an SVID at rest", 20),
     ("CPU of 10,000 SVIDs at rest, %", 1), ("10,000 streams again after an agent's restart, s", 10),
     ("certificates a second", 1500), ("certificates per CPU second", 2500),
@@ -97,12 +98,14 @@ def show(figures, work):
             ])
         table(["work", "unit", "zspire", "envoy", "ratio", "p50 µs direct", "zspire", "envoy", "p99 µs direct", "zspire",
                "envoy"], rows)
-    if "memory" in figures:
+    for key in ("memory", "held"):
+        if key not in figures:
+            continue
         rows = []
-        for program, m in figures["memory"].items():
+        for program, m in figures[key].items():
             rows.append([program] + [" / ".join(f"{k / 1024:.1f}" for k in m[key]) for key in ("start", "held", "closed")]
                         + [" / ".join(f"{k:.1f}" for k in m["per_connection"])])
-        table(["RSS, client / server", "at start, MiB", f"{figures['idle']} idle connections", "after they closed",
+        table(["RSS, client / server", "at start, MiB", f"{m['connections']:,} idle connections", "after they closed",
                "KiB a connection"], rows)
     if "fairness" in figures:
         rows = []
@@ -132,6 +135,9 @@ def show(figures, work):
         measured["100,000 workloads peak, MiB"] = figures["workloads"]["peak_mib"]
     if "memory" in figures:
         measured["KiB a connection, each side"] = max(figures["memory"]["zspire"]["per_connection"])
+    if "held" in figures:
+        for held in figures["held"].values():
+            measured[f"{held['connections']:,} idle connections in one process, MB"] = max(held["held"]) * 1024 / 1e6
     if "ca" in figures:
         measured["certificates a second"] = figures["ca"]["per_second"]
         measured["certificates per CPU second"] = figures["ca"]["per_cpu_second"]
