@@ -1,6 +1,8 @@
 //! What is on the wire between two nodes.
 
-use zspire_testkit::{hear, mesh, say, uncaptured};
+use zspire_testkit::app::finish;
+use zspire_testkit::process::{pause, resume};
+use zspire_testkit::{Ending, ending, hear, mesh, say, uncaptured};
 
 use crate::scenario;
 
@@ -25,5 +27,30 @@ fn nothing_of_a_tunnelled_connection_can_be_read_between_the_nodes() {
             assert!(packets.with(&port.to_be_bytes()) > 4, "{packets:?}");
             assert_eq!(packets.with(CANARY.as_bytes()), readable, "{to}");
         }
+    });
+}
+
+/// Who is told the end with the last bytes wakes once, and answers one packet.
+#[test]
+fn last_bytes_and_the_end_are_one_packet() {
+    scenario(|| {
+        let mesh = mesh().node("a").pod("client").node("b").pod("server").start();
+        let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+        let app = server.listen();
+        let (asking, recording) = (client.open(server.app()), client.record());
+        let served = app.accept();
+        let proxy = server.proxy(|proxy| proxy.id());
+        // It learns of both at once.
+        pause(proxy);
+        say(&served, CANARY);
+        finish(&served);
+        resume(proxy);
+        hear(&asking, CANARY);
+        assert_eq!(ending(&asking), Ending::Orderly);
+        say(&asking, "the other direction goes on");
+        hear(&served, "the other direction goes on");
+        let packets = recording.end();
+        // Over loopback each is seen on its way out and on its way in.
+        assert_eq!((packets.with(CANARY.as_bytes()), packets.with_last(CANARY.as_bytes())), (2, 2));
     });
 }

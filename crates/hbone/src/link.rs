@@ -14,6 +14,7 @@ use std::task::{Context, Waker};
 
 use http::StatusCode;
 use smallvec::SmallVec;
+use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -105,13 +106,16 @@ pub(crate) struct App {
 }
 
 impl App {
-    /// Writes as much as it takes now.
-    pub(crate) fn write(&self, slices: &[IoSlice<'_>]) -> usize {
+    /// Writes as much as it takes now. Where that is the `last` of the stream, its end has to be told at once: the last bytes wait for
+    /// that, and the two are one packet.
+    pub(crate) fn write(&self, slices: &[IoSlice<'_>], last: bool) -> usize {
         let total: usize = slices.iter().map(|slice| slice.len()).sum();
+        let flags = libc::MSG_NOSIGNAL | if last { libc::MSG_MORE } else { 0 };
+        let socket = SockRef::from(&self.socket);
         let written = match slices {
             [] => return 0,
-            [one] => self.socket.try_write(one),
-            several => self.socket.try_write_vectored(several),
+            [one] => self.socket.try_io(Interest::WRITABLE, || socket.send_with_flags(one, flags)),
+            several => self.socket.try_io(Interest::WRITABLE, || socket.send_vectored_with_flags(several, flags)),
         };
         match written {
             Ok(n) => {
@@ -257,12 +261,12 @@ impl Link {
                 let slices = came.iter().filter(|came| !came.range.is_empty());
                 let slices: SmallVec<[IoSlice<'_>; GATHER]> =
                     slices.map(|came| IoSlice::new(&bytes[came.range.clone()])).collect();
-                taken = app.write(&slices);
+                taken = app.write(&slices, last.end);
                 keep_rest(&mut local.unread, came, bytes, taken);
             }
             Some(app) if local.unread.is_empty() => {
                 keep_rest(&mut local.unread, came, bytes, 0);
-                taken = app.write(&local.unread.slices());
+                taken = app.write(&local.unread.slices(), false);
                 local.unread.consume(taken);
             }
             _ => keep_rest(&mut local.unread, came, bytes, 0),

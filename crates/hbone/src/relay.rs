@@ -112,7 +112,10 @@ impl Relay {
         let mut taken = 0;
         let mut failed = self.app.failed.take();
         while failed.is_none() && !entry.data.unread.is_empty() && self.app.socket.poll_write_ready(cx).is_ready() {
-            let n = self.app.write(&entry.data.unread.slices());
+            let slices = entry.data.unread.slices();
+            let all = slices.iter().map(|slice| slice.len()).sum::<usize>() == entry.data.unread.len();
+            let n = self.app.write(&slices, all && entry.remote_ended());
+            drop(slices);
             entry.data.unread.consume(n);
             taken += n;
             failed = self.app.failed.take();

@@ -56,6 +56,16 @@ impl Recording {
 }
 
 impl Packets {
+    /// How many TCP packets over IPv4 have these bytes as their last, and tell that nothing follows (FIN).
+    pub fn with_last(&self, bytes: &[u8]) -> usize {
+        // After the header of the link and one of IP without options: the byte of the flags.
+        const FLAGS: usize = 14 + 20 + 13;
+        const FIN: u8 = 1;
+        let last =
+            |packet: &&Vec<u8>| packet.ends_with(bytes) && packet.get(FLAGS).is_some_and(|flags| flags & FIN != 0);
+        self.0.iter().filter(last).count()
+    }
+
     /// How many packets hold these bytes.
     pub fn with(&self, bytes: &[u8]) -> usize {
         self.0.iter().filter(|packet| packet.windows(bytes.len()).any(|window| window == bytes)).count()

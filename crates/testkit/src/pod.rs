@@ -13,6 +13,7 @@ use zspire_sys::process::in_netns;
 use zspire_sys::topology;
 
 use crate::app::{self, Greeter, Greeting, Listener};
+use crate::capture::Recording;
 use crate::host::{ADMIN, Host, READINESS, STATS, Serves};
 use crate::http::{self, Answer};
 use crate::mesh::{World, lock};
@@ -147,6 +148,12 @@ impl Pod {
     }
 
     // Applications.
+
+    /// Records what the pod says to itself and to its proxy from now on.
+    #[track_caller]
+    pub fn record(&self) -> Recording {
+        Recording::start(self.netns(), "lo")
+    }
 
     /// Listens at the application's port.
     pub fn listen(&self) -> Listener {

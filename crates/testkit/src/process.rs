@@ -128,10 +128,18 @@ pub fn ask_to_end(id: u32) {
     signal(id, Signal::SIGTERM);
 }
 
-/// Stops a process where it is.
+/// Stops a process where it is; when this returns, none of its threads does anything more.
 #[track_caller]
 pub fn pause(id: u32) {
     signal(id, Signal::SIGSTOP);
+    until("a process to stand still", || {
+        let threads = std::fs::read_dir(format!("/proc/{id}/task")).map_err(|error| error.to_string())?;
+        let moving = threads.flatten().filter_map(|thread| {
+            let status = std::fs::read_to_string(thread.path().join("stat")).ok()?;
+            (!status.rsplit_once(") ")?.1.starts_with('T')).then_some(status)
+        });
+        moving.map(Err).next().unwrap_or(Ok(()))
+    });
 }
 
 /// Lets it go on.
