@@ -7,6 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io::{self, IoSlice};
+use std::net::Shutdown;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -101,17 +102,44 @@ pub(crate) fn go_on(cx: &mut Context<'_>) {
 pub(crate) struct App {
     pub(crate) socket: TcpStream,
     pub(crate) counters: Counters,
+    /// It knows that nothing follows.
+    pub(crate) told: Cell<bool>,
     /// What went wrong when the driver wrote to it.
     pub(crate) failed: RefCell<Option<io::Error>>,
 }
 
 impl App {
-    /// Writes as much as it takes now. Where that is the `last` of the stream, its end has to be told at once: the last bytes wait for
-    /// that, and the two are one packet.
-    pub(crate) fn write(&self, slices: &[IoSlice<'_>], last: bool) -> usize {
-        let total: usize = slices.iter().map(|slice| slice.len()).sum();
-        let flags = libc::MSG_NOSIGNAL | if last { libc::MSG_MORE } else { 0 };
-        let socket = SockRef::from(&self.socket);
+    pub(crate) fn new(socket: TcpStream, counters: Counters) -> Self {
+        Self { socket, counters, told: Cell::new(false), failed: RefCell::new(None) }
+    }
+
+    /// Writes as much as it takes now.
+    pub(crate) fn write(&self, slices: &[IoSlice<'_>]) -> usize {
+        self.send(slices, 0)
+    }
+
+    /// Writes what comes before the end, if there is anything. If it takes all, it is told the end in the same packet: the last bytes wait
+    /// for that in the kernel, and so it has to be at once.
+    pub(crate) fn write_last(&self, slices: &[IoSlice<'_>]) -> usize {
+        let n = self.send(slices, libc::MSG_MORE);
+        if n > 0 && n == length(slices) {
+            self.end();
+        }
+        n
+    }
+
+    /// Tells it that nothing follows.
+    pub(crate) fn end(&self) {
+        self.told.set(true);
+        match SockRef::from(&self.socket).shutdown(Shutdown::Write) {
+            // It has closed both directions already, and did not need the end.
+            Err(error) if error.kind() != io::ErrorKind::NotConnected => *self.failed.borrow_mut() = Some(error),
+            _ => {}
+        }
+    }
+
+    fn send(&self, slices: &[IoSlice<'_>], flags: libc::c_int) -> usize {
+        let (socket, flags) = (SockRef::from(&self.socket), flags | libc::MSG_NOSIGNAL);
         let written = match slices {
             [] => return 0,
             [one] => self.socket.try_io(Interest::WRITABLE, || socket.send_with_flags(one, flags)),
@@ -120,7 +148,7 @@ impl App {
         match written {
             Ok(n) => {
                 self.counters.received(n);
-                if n < total {
+                if n < length(slices) {
                     exhausted(&self.socket, Interest::WRITABLE);
                 }
                 n
@@ -132,6 +160,10 @@ impl App {
             }
         }
     }
+}
+
+fn length(slices: &[IoSlice<'_>]) -> usize {
+    slices.iter().map(|slice| slice.len()).sum()
 }
 
 /// After a short read or write the socket is not asked again until the kernel says that there is more.
@@ -261,12 +293,12 @@ impl Link {
                 let slices = came.iter().filter(|came| !came.range.is_empty());
                 let slices: SmallVec<[IoSlice<'_>; GATHER]> =
                     slices.map(|came| IoSlice::new(&bytes[came.range.clone()])).collect();
-                taken = app.write(&slices, last.end);
+                taken = if last.end { app.write_last(&slices) } else { app.write(&slices) };
                 keep_rest(&mut local.unread, came, bytes, taken);
             }
             Some(app) if local.unread.is_empty() => {
                 keep_rest(&mut local.unread, came, bytes, 0);
-                taken = app.write(&local.unread.slices(), false);
+                taken = app.write(&local.unread.slices());
                 local.unread.consume(taken);
             }
             _ => keep_rest(&mut local.unread, came, bytes, 0),

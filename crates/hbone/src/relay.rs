@@ -12,16 +12,13 @@
 //! What the application sends is read straight into the frame that carries it. What comes for it is written by the tunnel's
 //! driver ([`crate::link`]); here is written only what its socket did not take then.
 
-use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSliceMut};
-use std::net::Shutdown;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
@@ -41,11 +38,11 @@ impl Stream {
     ///
     /// Dropping the future resets the stream and closes the socket.
     pub async fn relay(self, app: TcpStream, counters: &Counters, cut: impl Future<Output = ()>) -> End {
-        let app = Rc::new(App { socket: app, counters: counters.clone(), failed: RefCell::new(None) });
+        let app = Rc::new(App::new(app, counters.clone()));
         if let Some(entry) = self.slot.0.core.borrow_mut().get_mut(self.id) {
             entry.data.app = Some(app.clone());
         }
-        let mut relay = Relay { stream: self, app, told: false, watch: None };
+        let mut relay = Relay { stream: self, app, watch: None };
         let end = {
             let mut cut = pin!(cut);
             poll_fn(|cx| {
@@ -65,8 +62,6 @@ impl Stream {
 struct Relay {
     stream: Stream,
     app: Rc<App>,
-    /// The peer has ended its direction, and the application was told.
-    told: bool,
     /// Waits for a reset of an application that is not read from: it has ended its direction, or there is no room.
     watch: Option<Pin<Box<dyn Future<Output = ()>>>>,
 }
@@ -83,7 +78,7 @@ impl Relay {
         };
         // What it has sent is not read now: neither would its reset be.
         let parked = link.core.borrow().get(self.stream.id).is_some_and(Entry::is_parked);
-        match (ended, self.told) {
+        match (ended, self.app.told.get()) {
             (true, true) => Poll::Ready(End::Complete),
             (true, false) => self.watch(cx),
             (false, _) if parked => self.watch(cx),
@@ -112,10 +107,9 @@ impl Relay {
         let mut taken = 0;
         let mut failed = self.app.failed.take();
         while failed.is_none() && !entry.data.unread.is_empty() && self.app.socket.poll_write_ready(cx).is_ready() {
-            let slices = entry.data.unread.slices();
-            let all = slices.iter().map(|slice| slice.len()).sum::<usize>() == entry.data.unread.len();
-            let n = self.app.write(&slices, all && entry.remote_ended());
-            drop(slices);
+            let unread = &entry.data.unread;
+            let last = entry.remote_ended() && unread.is_in_one_go();
+            let n = if last { self.app.write_last(&unread.slices()) } else { self.app.write(&unread.slices()) };
             entry.data.unread.consume(n);
             taken += n;
             failed = self.app.failed.take();
@@ -125,7 +119,7 @@ impl Relay {
             // The one that was let pass above.
             None => reset.filter(|_| entry.data.unread.is_empty()).map(|_| End::Closed),
         };
-        let told = !self.told && entry.remote_ended() && entry.data.unread.is_empty();
+        let untold = !self.app.told.get() && entry.remote_ended() && entry.data.unread.is_empty();
         let all = entry.local_ended();
         // However the connection goes on: what is not given back is missing in the tunnel for good.
         if taken > 0 {
@@ -140,22 +134,15 @@ impl Relay {
         if let Some(end) = end {
             return Err(end);
         }
-        if told {
-            self.told = true;
-            // All that it has sent was read: closing the socket says the same.
-            if !all {
-                self.shutdown()?;
-            }
+        // Where all that it has sent was read, closing the socket says the same.
+        if untold && all {
+            self.app.told.set(true);
+        } else if untold {
+            self.app.end();
         }
-        Ok(())
-    }
-
-    fn shutdown(&self) -> Result<(), End> {
-        match SockRef::from(&self.app.socket).shutdown(Shutdown::Write) {
-            Ok(()) => Ok(()),
-            // It has closed both directions already, and did not need the end.
-            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-            Err(error) => Err(End::Application(Arc::new(error))),
+        match self.app.failed.take() {
+            Some(error) => Err(End::Application(Arc::new(error))),
+            None => Ok(()),
         }
     }
 

@@ -53,6 +53,11 @@ impl Unread {
         self.pieces.push_back(piece);
     }
 
+    /// Whether [`Self::slices`] are all there is.
+    pub(crate) fn is_in_one_go(&self) -> bool {
+        self.pieces.len() <= GATHER
+    }
+
     /// The bytes that come first.
     pub(crate) fn slices(&self) -> SmallVec<[IoSlice<'_>; GATHER]> {
         let taken = std::iter::once(self.taken).chain(std::iter::repeat(0));

@@ -302,6 +302,42 @@ fn a_reset_without_an_error_after_the_end_is_a_close() {
     });
 }
 
+/// The last bytes wait for the end, so that both are one packet, and for nothing else: however the connection goes on, also while the
+/// application has sent what nobody reads, it hears them first.
+#[test]
+fn what_is_followed_by_a_reset_or_by_nothing_is_heard_first() {
+    run(async {
+        const NO_ERROR: u8 = 0;
+        const CONNECT_ERROR: u8 = 10;
+        for end in [Some(NO_ERROR), Some(CONNECT_ERROR), None] {
+            let (near, far) = wire();
+            let client = client(near, &Config::default()).await;
+            let mut peer = Peer::server(far);
+            let begin =
+                [frame(SETTINGS, 0, 0, &[]), frame(HEADERS, END_HEADERS, 1, &[0x88]), frame(DATA, 0, 1, b"question")];
+            let request = request("10.0.0.1:80");
+            let begin = begin.concat();
+            let (opened, ()) = tokio::join!(client.tunnel.open(&request), peer.send(&begin));
+            let (mut app, socket) = sockets().await;
+            let relay = relay(opened.unwrap().0, socket);
+            let mut question = [0; 8];
+            app.read_exact(&mut question).await.unwrap();
+            // The window that every stream has before anybody has said anything of it.
+            until("the window is used up", || {
+                let _ = app.try_write(&[7; 64 << 10]);
+                relay.counters.load().0 == 65_535
+            })
+            .await;
+            let mut last = [frame(DATA, 0, 1, b"answer"), frame(DATA, END_STREAM, 1, &[])].concat();
+            last.extend(end.iter().flat_map(|code| frame(RST_STREAM, 0, 1, &[0, 0, 0, *code])));
+            peer.send(&last).await;
+            drop(peer);
+            let heard = read_all(&mut app).await.0;
+            assert_eq!(heard, b"answer", "{end:?}");
+        }
+    });
+}
+
 /// What a stream has no room for is not read, and so neither is a reset behind it.
 #[test]
 fn the_applications_reset_is_noticed_while_there_is_no_window() {
