@@ -1,6 +1,5 @@
 """Opens COUNT connections to HOST:PORT, sends one request on each, and holds them until it is killed."""
 
-import selectors
 import socket
 import sys
 import time
@@ -8,7 +7,6 @@ import time
 host, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 request = f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
 held, answered = [], 0
-watch = selectors.DefaultSelector()
 # A hundred at a time, so that the accept queue is not what is measured.
 while len(held) < count:
     batch = []
@@ -21,4 +19,4 @@ while len(held) < count:
             sys.exit("an answer was not 200")
     held += batch
 print("holding", len(held), flush=True)
-time.sleep(600)
+time.sleep(3600)

@@ -115,7 +115,7 @@ fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(24 | 23 | 105 | 12))
 }
 
-/// A complaint that every connection could give rise to: it is made once in a while.
+/// A complaint that every connection of a pod could give rise to: it is made once in a while.
 #[derive(Debug, Default)]
 pub(crate) struct Complaint(Mutex<Option<Instant>>);
 

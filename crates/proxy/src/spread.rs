@@ -54,21 +54,22 @@ struct Load(HashMap<IpAddr, SmallVec<[u32; 8]>>);
 #[derive(Debug, Default)]
 pub struct Begun(Mutex<HashMap<Ends, usize>>);
 
-/// The port that a tunnel comes from, and where it goes. Two pods may be at the same port; what is told of one is then told of the
-/// other, which is no harm.
+/// The port that a tunnel comes from, and where it goes. Two pods may be at the same port at the same moment: then the later is told of,
+/// and the other is placed as if nobody knew.
 type Ends = (u16, SocketAddr);
 
 /// A tunnel of which its other end may ask; forgotten when this is dropped.
 pub(crate) struct Beginning<'a> {
     begun: &'a Begun,
     ends: Ends,
+    worker: usize,
 }
 
 impl Begun {
     /// Notes which worker opens a tunnel.
     pub(crate) fn note(&self, ends: Ends, worker: usize) -> Beginning<'_> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(ends, worker);
-        Beginning { begun: self, ends }
+        Beginning { begun: self, ends, worker }
     }
 
     /// The worker that opens the tunnel between these ends, if it is one of this process.
@@ -79,7 +80,10 @@ impl Begun {
 
 impl Drop for Beginning<'_> {
     fn drop(&mut self) {
-        self.begun.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.ends);
+        let mut begun = self.begun.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if begun.get(&self.ends) == Some(&self.worker) {
+            begun.remove(&self.ends);
+        }
     }
 }
 
@@ -244,7 +248,10 @@ mod tests {
         let beginning = begun.note((from, to), 1);
         assert_eq!(begun.worker(&(from, to)), Some(1));
         assert_eq!(begun.worker(&(from, SocketAddr::from(([10, 0, 0, 3], 15008)))), None, "to somebody else");
+        let another = begun.note((from, to), 0);
         drop(beginning);
+        assert_eq!(begun.worker(&(from, to)), Some(0), "another pod's, at the same port");
+        drop(another);
         assert_eq!(begun.worker(&(from, to)), None);
     }
 }

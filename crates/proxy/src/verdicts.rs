@@ -25,7 +25,7 @@ pub(crate) struct Verdicts(RefCell<Kept>);
 struct Kept {
     version: u64,
     workload: Option<Arc<Workload>>,
-    /// Those that allow: a denial may name every policy there is.
+    /// Those that allow and say nothing else: a denial, and what is said of policies in dry run, may name every policy there is.
     allowed: HashMap<Question, Verdict>,
 }
 
@@ -41,9 +41,9 @@ impl Verdicts {
             return verdict.clone();
         }
         let verdict = question.ask(snapshot, workload);
-        if verdict.asked >= MANY && verdict.is_allowed() {
+        if verdict.asked >= MANY && verdict.is_allowed() && verdict.dry_run.is_empty() {
             if kept.allowed.len() >= KEPT {
-                kept.allowed.clear();
+                kept.allowed = HashMap::new();
             }
             kept.allowed.insert(question.clone(), verdict.clone());
         }
@@ -96,6 +96,10 @@ mod tests {
         assert!(ask(&store, &here, "friend-3"));
         store.apply(vec![policy(MANY, Action::Deny, "friend-3")]);
         assert!(!ask(&store, &here, "friend-3"), "the mesh has changed");
+        let Change::PutPolicy(trial) = policy(MANY, Action::Deny, "friend-4") else { unreachable!() };
+        store.apply(vec![Change::PutPolicy(Arc::new(Policy { dry_run: true, ..(*trial).clone() }))]);
+        assert!(ask(&store, &here, "friend-4"));
+        assert_eq!(remembered(&verdicts), 0, "what is in dry run has to be told each time");
     }
 
     #[test]

@@ -164,7 +164,7 @@ pub(super) struct Side {
 /// As for [`Labels`].
 impl Hash for Side {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        (&self.workload, &self.namespace, &self.principal).hash(state);
+        (&self.workload, &self.namespace, &self.principal, &self.cluster, &self.zone).hash(state);
     }
 }
 

@@ -6,6 +6,7 @@
 //! thread can have a table of its own, which the threads that it starts share. So each proxy here has one; they are otherwise what
 //! `zspire proxy` runs, allocator included. Ends with the first of them that fails, or when all have been told to stop.
 
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
@@ -38,7 +39,8 @@ fn main() -> anyhow::Result<()> {
     for namespace in args.namespaces {
         let ended = ended.clone();
         thread::Builder::new().name("proxy".into()).spawn(move || {
-            let outcome = proxy(&namespace).with_context(|| format!("the proxy in {}", namespace.display()));
+            let outcome = catch_unwind(|| proxy(&namespace)).unwrap_or_else(|_| Err(anyhow::anyhow!("it panicked")));
+            let outcome = outcome.with_context(|| format!("the proxy in {}", namespace.display()));
             // Nobody listens any more when another has ended first.
             let _ = ended.send(outcome);
         })?;
