@@ -24,6 +24,7 @@ mod inbound;
 mod live;
 pub mod metrics;
 mod outbound;
+mod patience;
 mod plaintext;
 mod pod;
 mod preamble;

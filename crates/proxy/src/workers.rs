@@ -12,6 +12,8 @@ use tokio::runtime::{Builder, RuntimeMetrics};
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
+use crate::patience;
+
 type Job = Box<dyn FnOnce() + Send>;
 
 /// The data-plane threads.
@@ -59,6 +61,7 @@ impl Worker {
         let (jobs, mut incoming) = mpsc::unbounded_channel::<Job>();
         let thread = std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
             LocalSet::new().block_on(&runtime, async move {
+                tokio::task::spawn_local(patience::keep());
                 while let Some(job) = incoming.recv().await {
                     job();
                 }

@@ -20,6 +20,7 @@ pub mod pidfd;
 pub mod privileges;
 pub mod process;
 pub mod program;
+pub mod sched;
 pub mod scm;
 pub mod socket;
 pub mod supervisor;
