@@ -2,9 +2,11 @@
 //!
 //! Where all processors are in use, a thread that wakes mostly takes the place of one that runs at once. For a worker that means to
 //! interrupt, for one message, the very applications that are about to give it the next ones. If it waits until they sleep, it finds
-//! several, and they are not held up: half as many switches, a tenth less CPU and more, and shorter queues (`docs/performance.md`). Where
-//! a processor is free it makes no difference. But whoever runs may be one that never sleeps, and then a wait takes milliseconds. So a
-//! worker is patient for as long as its waits are short on average, and then not again for a while.
+//! several, and they are not held up: half as many switches, a tenth less CPU and more, and shorter queues (`docs/performance.md`).
+//! But whoever runs may be one that does not sleep soon, and then a wait takes milliseconds.
+//!
+//! So what the kernel counts of a worker's waits decides. One that hardly waits has nothing to gain, and is as every thread. One that
+//! does is patient for as long as its waits are short on average; and if they are not, then not again for a while.
 
 use std::time::Duration;
 
@@ -17,6 +19,10 @@ const LOOK: Duration = Duration::from_millis(100);
 const LOOK_IDLE: Duration = Duration::from_secs(1);
 /// Fewer turns between two looks say nothing.
 const FEW: u64 = 50;
+/// With waits of this length, on average, there is something to be gained.
+const CONTENDED: Duration = Duration::from_micros(30);
+/// With shorter ones there is not.
+const FREE: Duration = Duration::from_micros(10);
 /// The longest wait, on average, of a worker that is patient.
 const SHORT: Duration = Duration::from_micros(200);
 /// How long a worker is not patient after that; twice as long if patience did not pay when it was tried again.
@@ -28,7 +34,7 @@ const PAID: Duration = Duration::from_secs(1);
 /// Keeps the calling worker patient as long as that pays; runs until dropped, or until the kernel says no.
 pub(crate) async fn keep() {
     let Ok(turns) = Turns::of_this_thread() else { return };
-    let (mut patience, mut before) = (Patience::new(Instant::now()), Counted::default());
+    let (mut patience, mut before) = (Patience::default(), Counted::default());
     let mut is = false;
     loop {
         let wanted = patience.is_patient();
@@ -54,39 +60,39 @@ fn since(before: Counted, now: Counted) -> Counted {
 /// What a worker has found out.
 #[derive(Debug)]
 struct Patience {
-    state: State,
-    /// How long it was not patient the last time.
+    /// Since when it is patient, if it is.
+    since: Option<Instant>,
+    /// It is not before.
+    not_before: Option<Instant>,
+    /// How long it was not patient the last time that it did not pay.
     rest: Duration,
 }
 
-#[derive(Debug)]
-enum State {
-    Patient { since: Instant },
-    Not { until: Instant },
+impl Default for Patience {
+    fn default() -> Self {
+        Self { since: None, not_before: None, rest: FIRST / 2 }
+    }
 }
 
 impl Patience {
-    fn new(now: Instant) -> Self {
-        Self { state: State::Patient { since: now }, rest: FIRST }
-    }
-
     fn is_patient(&self) -> bool {
-        matches!(self.state, State::Patient { .. })
+        self.since.is_some()
     }
 
     /// Learns what the kernel has counted since the last look; whether that was enough to learn from.
     fn look(&mut self, now: Instant, counted: Counted) -> bool {
         let busy = counted.turns >= FEW;
-        match self.state {
-            State::Patient { since }
-                if busy && counted.waited > SHORT * u32::try_from(counted.turns).unwrap_or(u32::MAX) =>
-            {
+        let each = Duration::from_nanos(counted.waited.as_nanos() as u64 / counted.turns.max(1));
+        match self.since {
+            Some(since) if busy && each > SHORT => {
                 let paid = now.duration_since(since) >= PAID;
                 self.rest = if paid { FIRST } else { (2 * self.rest).min(LONGEST) };
-                self.state = State::Not { until: now + self.rest };
+                self.not_before = Some(now + self.rest);
+                self.since = None;
             }
-            State::Not { until } if now >= until => self.state = State::Patient { since: now },
-            State::Patient { .. } | State::Not { .. } => {}
+            Some(_) if !busy || each < FREE => self.since = None,
+            None if busy && each >= CONTENDED && self.not_before.is_none_or(|at| now >= at) => self.since = Some(now),
+            _ => {}
         }
         busy
     }
@@ -97,55 +103,68 @@ mod tests {
     use super::*;
 
     fn waits(turns: u64, each: u64) -> Counted {
-        Counted { turns, waited: Duration::from_micros(turns as u32 as u64 * each) }
+        Counted { turns, waited: Duration::from_micros(turns * each) }
     }
 
     #[test]
-    fn a_worker_is_patient_as_long_as_its_waits_are_short() {
-        let start = Instant::now();
-        let mut patience = Patience::new(start);
-        for (turns, each, busy) in [(1000, 200, true), (1000, 0, true), (10, 5000, false), (0, 0, false)] {
-            assert_eq!(patience.look(start, waits(turns, each)), busy);
-            assert!(patience.is_patient(), "{turns} turns that wait {each} µs each");
+    fn a_worker_is_patient_as_long_as_its_waits_are_neither_long_nor_nothing() {
+        let now = Instant::now();
+        let mut patience = Patience::default();
+        for (turns, each, patient) in [
+            (1000, 0, false),
+            (1000, 29, false),
+            (FEW - 1, 100, false),
+            (FEW, 30, true),
+            (1000, 200, true),
+            (1000, 10, true),
+            (1000, 9, false),
+            (1000, 100, true),
+            (FEW - 1, 100, false),
+            (1000, 300, true),
+            (1000, 201, false),
+            (1000, 100, false),
+        ] {
+            assert_eq!(patience.look(now, waits(turns, each)), turns >= FEW);
+            assert_eq!(patience.is_patient(), patient, "{turns} turns that wait {each} µs each");
         }
-        patience.look(start + PAID, waits(1000, 201));
-        assert!(!patience.is_patient());
     }
 
     #[test]
     fn it_tries_again_ever_more_seldom_until_that_pays() {
         let mut now = Instant::now();
-        let mut patience = Patience::new(now);
-        now += PAID;
+        let mut patience = Patience::default();
+        patience.look(now, waits(100, 50));
         for seconds in [1, 2, 4, 8, 16, 32, 64, 64] {
+            assert!(patience.is_patient());
+            now += LOOK;
             patience.look(now, waits(100, 3000));
             now += Duration::from_secs(seconds) - LOOK;
-            patience.look(now, waits(100, 3000));
+            patience.look(now, waits(100, 50));
             assert!(!patience.is_patient(), "{seconds} s are not over");
             now += LOOK;
-            patience.look(now, waits(100, 3000));
-            assert!(patience.is_patient(), "after {seconds} s");
-            now += LOOK;
+            patience.look(now, waits(100, 50));
         }
-        now += PAID;
-        patience.look(now, waits(100, 3000));
-        patience.look(now + FIRST, waits(100, 0));
+        patience.look(now + PAID, waits(100, 3000));
+        assert!(!patience.is_patient());
+        patience.look(now + PAID + FIRST, waits(100, 50));
         assert!(patience.is_patient(), "it had paid in between");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn the_kernel_is_told() {
+    #[test]
+    fn the_kernel_is_told_and_counts() {
         let policy = || {
-            std::fs::read_to_string("/proc/thread-self/stat").map(|stat| {
-                // The 41st field, counted from the state, which follows the name.
-                let fields = stat.rsplit_once(") ").map(|(_, rest)| rest.split(' ').nth(38).map(str::to_owned));
-                fields.flatten().unwrap_or_default()
-            })
+            let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+            // The 41st field; the third follows the name.
+            stat.rsplit_once(") ").unwrap().1.split(' ').nth(38).unwrap().to_owned()
         };
-        assert_eq!(policy().unwrap(), "0", "SCHED_OTHER");
-        let _ = tokio::time::timeout(LOOK_IDLE, keep()).await;
-        assert_eq!(policy().unwrap(), "3", "SCHED_BATCH");
-        sched::set_patient(false).unwrap();
-        assert_eq!(policy().unwrap(), "0");
+        let turns = Turns::of_this_thread().unwrap();
+        let before = turns.read().unwrap();
+        for (patient, expected) in [(true, "3"), (false, "0")] {
+            sched::set_patient(patient).unwrap();
+            assert_eq!(policy(), expected);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let counted = since(before, turns.read().unwrap());
+        assert!(counted.turns >= 2, "{counted:?}");
     }
 }
