@@ -167,11 +167,13 @@ fn units_do_their_work_with_what_they_may() {
             ));
         }
         assert!(machine.does(ASKING).contains("root:x:0:0"));
-        let log = machine.does("cat /var/log/zspire-proxy.log");
-        assert!(
-            log.contains("spiffe://cluster.local/ns/shop/sa/client") && log.contains("direction=\"inbound\""),
-            "{log}"
-        );
+        // The line is written when the connection has ended at the server's side as well.
+        until("the server's side to tell of the client", || {
+            let log = machine.does("cat /var/log/zspire-proxy.log");
+            let told =
+                log.contains("spiffe://cluster.local/ns/shop/sa/client") && log.contains("direction=\"inbound\"");
+            if told { Ok(()) } else { Err(log) }
+        });
 
         // Used once, the token may go.
         machine.does("rm /etc/zspire/join-token");
