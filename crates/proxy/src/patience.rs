@@ -37,6 +37,10 @@ pub(crate) async fn keep() {
     let (mut patience, mut before) = (Patience::default(), Counted::default());
     let mut is = false;
     loop {
+        let Ok(now) = turns.read() else { return };
+        let busy = patience.look(Instant::now(), since(before, now));
+        before = now;
+        // Before the next look begins, which is about what it has come to.
         let wanted = patience.is_patient();
         if wanted != is {
             if let Err(error) = sched::set_patient(wanted) {
@@ -46,9 +50,6 @@ pub(crate) async fn keep() {
             tracing::debug!(patient = wanted, "how a worker is scheduled has changed");
             is = wanted;
         }
-        let Ok(now) = turns.read() else { return };
-        let busy = patience.look(Instant::now(), since(before, now));
-        before = now;
         sleep(if busy { LOOK } else { LOOK_IDLE }).await;
     }
 }
